@@ -1,0 +1,111 @@
+"""Settings of CRaFT: one frozen, validated dataclass."""
+
+# No `from __future__ import annotations`: LeRobot's command line (draccus) reads the annotations at run time.
+import math
+from dataclasses import dataclass, fields
+
+RETENTION_MODES = ("hidden", "token_ce")
+RETENTION_LOSSES = ("nmse", "mse", "cosine", "l1")
+EPSILON_SCHEDULES = ("linear", "cosine", "exponential")
+PROJECTION_MODES = ("weighted", "equal", "task_priority")
+
+
+@dataclass(frozen=True)
+class CraftConfig:
+    """Settings of constrained retention fine-tuning.
+
+    The problem is ``min L_task(θ) subject to L_ret(θ) ≤ ε(t)``. :class:`~craft_opt.CraftOptimizer` reads the
+    surgery and dual fields only; the anchor fields are for the training loop around it.
+
+    Attributes:
+        enabled: Whether the training loop computes a retention loss at all.
+        anchor_cache_dir: Folder of the anchor cache; empty means none.
+        anchor_batch_size: Anchors per retention step, at least 1.
+        retention_freq: K; retention runs at steps 0, K, 2K, ...
+        retention_mode: ``hidden`` (features of the teacher) or ``token_ce`` (its tokens).
+        retention_loss: Distance of features for ``hidden``: ``nmse``, ``mse``, ``cosine`` or ``l1``. ``nmse`` is the
+            squared error over the variance of the teacher's features, dimensionless, so that ε means the same for
+            every policy.
+        initial_lambda: λ at t = 0, in [0, ``lambda_max``].
+        lambda_lr: Step size of the dual ascent λ ← clip(λ + lambda_lr (L_ret − ε(t)), 0, lambda_max).
+        lambda_max: Upper bound of λ, finite.
+        epsilon_start: ε at t = 0, in units of the retention loss.
+        epsilon_end: ε at t = ``epsilon_decay_steps`` and after.
+        epsilon_decay_steps: Steps from start to end; 0 means all steps of the run.
+        epsilon_schedule: ``linear``, ``cosine`` or ``exponential``.
+        use_grad_projection: Whether a conflicting task gradient is projected.
+        conflict_threshold: A cosine in [-1, 1]; the gradients conflict when their cosine is below it.
+        projection_mode: How the gradients merge: ``weighted`` (g_t' + λ g_r), ``equal`` (½ (g_t' + g_r)) or
+            ``task_priority`` (g_t' + min(λ, 1) g_r).
+
+    Raises:
+        ValueError: A value is out of its range; the message has the field, the value and what is allowed.
+
+    Example:
+        >>> CraftConfig(conflict_threshold=0.0).conflict_threshold
+        0.0
+    """
+
+    enabled: bool = True
+    anchor_cache_dir: str = ""
+    anchor_batch_size: int = 16
+    retention_freq: int = 5
+    retention_mode: str = "hidden"
+    retention_loss: str = "nmse"
+    initial_lambda: float = 1.0
+    lambda_lr: float = 0.01
+    lambda_max: float = 10.0
+    epsilon_start: float = 1.0
+    epsilon_end: float = 0.1
+    epsilon_decay_steps: int = 0
+    epsilon_schedule: str = "linear"
+    use_grad_projection: bool = True
+    conflict_threshold: float = -0.1
+    projection_mode: str = "weighted"
+
+    def __post_init__(self) -> None:
+        """Refuse every value that the method does not define."""
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), type(field.default))
+        _check_choice("retention_mode", self.retention_mode, RETENTION_MODES)
+        _check_choice("retention_loss", self.retention_loss, RETENTION_LOSSES)
+        _check_choice("epsilon_schedule", self.epsilon_schedule, EPSILON_SCHEDULES)
+        _check_choice("projection_mode", self.projection_mode, PROJECTION_MODES)
+        _check_range("anchor_batch_size", self.anchor_batch_size, 1)
+        _check_range("retention_freq", self.retention_freq, 1)
+        _check_range("epsilon_decay_steps", self.epsilon_decay_steps, 0)
+        _check_range("lambda_lr", self.lambda_lr, 0.0)
+        _check_range("lambda_max", self.lambda_max, 0.0)
+        _check_range("initial_lambda", self.initial_lambda, 0.0, self.lambda_max, high_name="lambda_max")
+        _check_range("epsilon_start", self.epsilon_start, 0.0)
+        _check_range("epsilon_end", self.epsilon_end, 0.0)
+        _check_range("conflict_threshold", self.conflict_threshold, -1.0, 1.0)
+        if self.epsilon_schedule == "exponential" and min(self.epsilon_start, self.epsilon_end) <= 0:
+            raise ValueError(
+                f"epsilon_schedule='exponential' needs epsilon_start and epsilon_end above 0, got "
+                f"epsilon_start={self.epsilon_start!r} and epsilon_end={self.epsilon_end!r}; "
+                f"use epsilon_schedule='linear' to reach 0"
+            )
+
+
+def _check_type(name: str, value: object, expected: type) -> None:
+    """A bool is no number here, and an int serves where a float is asked for."""
+    allowed = (int, float) if expected is float else (expected,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"{name} must be of type {expected.__name__}, got {value!r} ({type(value).__name__})")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float = math.inf, *, high_name: str | None = None
+) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        if math.isinf(high):
+            allowed = f"finite and at least {low:g}"
+        else:
+            allowed = f"in [{low:g}, {high_name + ' = ' if high_name else ''}{high:g}]"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

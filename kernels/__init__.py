@@ -1,0 +1,3 @@
+"""Triton kernels of CRaFT, installed as craft_opt.kernels."""
+
+__version__ = "0.0.0"
