@@ -100,9 +100,7 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _check_range(
-    name: str, value: float, low: float, high: float = math.inf, *, high_name: str | None = None
-) -> None:
+def _check_range(name: str, value: float, low: float, high: float = math.inf, *, high_name: str | None = None) -> None:
     if not (math.isfinite(value) and low <= value <= high):
         if math.isinf(high):
             allowed = f"finite and at least {low:g}"

@@ -1,7 +1,7 @@
 """The dual side of the method: the schedule of ε, the multiplier λ and their state on the device.
 
 Source: the multiplier is the projected gradient ascent of Lagrangian duality (Arrow, Hurwicz and Uzawa 1958; for
-constrained training of networks Gallego-Posada et al., arXiv 2504.01212, section 3). Deviation: ε moves with time, and λ
+constrained training of networks Gallego-Posada et al., "Cooper", arXiv 2504.01212). Deviation: ε moves with time, and λ
 moves only on steps that measured the retention loss.
 """
 
@@ -84,8 +84,9 @@ def update_lambda(
     before = torch.as_tensor(lam, dtype=torch.float64)
     violation = torch.as_tensor(retention_loss, dtype=torch.float64, device=before.device) - epsilon
     after = (before + config.lambda_lr * violation).clamp(0.0, config.lambda_max)
+    # The violation, not the result: the clip would turn an infinite loss into lambda_max.
     # where, not if: on a CUDA device a Python branch would wait for the value.
-    return torch.where(torch.isfinite(after), after, before)
+    return torch.where(torch.isfinite(violation), after, before)
 
 
 # Order of the entries in the device vector, shared with the kernel.

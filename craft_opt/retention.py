@@ -59,6 +59,10 @@ def feature_loss(
         raise ValueError(f"teacher_var must be above 0, got {teacher_var!r}; features that never vary anchor nothing")
 
     s, t = student.float(), teacher.detach().float()
+    if mask is not None:
+        # Zeroed before the arithmetic, not after: padding may hold inf, and the gradient of inf * 0 is NaN.
+        kept = mask.unsqueeze(-1)
+        s, t = torch.where(kept, s, 0.0), torch.where(kept, t, 0.0)
     if kind == "cosine":
         per_position = 1.0 - functional.cosine_similarity(s, t, dim=-1)
     elif kind == "l1":

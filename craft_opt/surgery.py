@@ -145,6 +145,18 @@ def coefficients(
     return Coefficients(a, b, cos, conflict, norm, clip_scale(norm, max_grad_norm))
 
 
+def task_only_coefficients(dot_tt: Scalar, max_grad_norm: float | None = 1.0) -> Coefficients:
+    """Return (a, b) = (1, 0): a step without a retention gradient is plain AdamW in every merge mode.
+
+    Args:
+        dot_tt: <g_t, g_t>, shape ().
+        max_grad_norm: Bound of the gradient's norm; None means no clip.
+    """
+    one = torch.ones_like(dot_tt, dtype=torch.float64)
+    zero, norm = torch.zeros_like(one), dot_tt.double().clamp(min=0.0).sqrt()
+    return Coefficients(one, zero, zero, zero > 0, norm, clip_scale(norm, max_grad_norm))
+
+
 def clip_scale(norm: Scalar, max_grad_norm: float | None) -> Scalar:
     """Return ``s = min(1, max_grad_norm / (‖g‖ + 1e-6))``, or 1 where there is no bound.
 
@@ -216,9 +228,7 @@ def merge_grads(
     return _combine(grads_task, grads_ret, rule.a, rule.b)
 
 
-def _combine(
-    grads_task: Sequence[Gradient], grads_ret: Sequence[Gradient], a: Scalar, b: Scalar
-) -> list[Gradient]:
+def _combine(grads_task: Sequence[Gradient], grads_ret: Sequence[Gradient], a: Scalar, b: Scalar) -> list[Gradient]:
     return [
         (a.to(task.device) * task.double() + b.to(task.device) * ret.double()).to(task.dtype)
         for task, ret in zip(grads_task, grads_ret, strict=True)

@@ -1,0 +1,684 @@
+"""CraftOptimizer: AdamW that takes a task and a retention gradient."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import is_available as distributed_available
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+from torch.utils.hooks import RemovableHandle
+
+from craft_opt.config import CraftConfig
+from craft_opt.dual import DualState
+from craft_opt.kernels import surgery_adamw as kernel
+from craft_opt.optimizer._backends import Backend, Rule, TorchBackend, TritonBackend
+from craft_opt.optimizer._layout import LAND_AT_ONCE, DeviceLayout, Slot, check_grad, group_by_device
+from craft_opt.optimizer._metrics import StepMetrics
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "triton", "torch")
+DUAL_KEY = "craft_dual"
+SETTINGS = ("config", "max_grad_norm", "backend", "total_steps")
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class CraftOptimizer(Optimizer):
+    """AdamW on a task gradient merged with a retention gradient by gradient surgery, λ included.
+
+    One step: Gram matrix of the two gradients; if their cosine is below ``conflict_threshold``,
+    ``g_t' = g_t − (tr/rr) g_r``; merge, e.g. ``g = g_t' + λ g_r``; clip to ``max_grad_norm``; AdamW with fp32 moments;
+    ``λ ← clip(λ + lambda_lr (L_ret − ε(t)), 0, lambda_max)``. Without a captured retention gradient a step is plain
+    AdamW. A step whose gradients or captured loss are not finite changes nothing and counts as skipped. Nothing in
+    ``step()`` waits for a CUDA device.
+
+    Gradients of both kinds accumulate over micro-batches in any order until ``step()`` consumes the retention
+    gradient; the loss of several captures in one step is their sum, as the gradient is. ``zero_grad()`` clears task
+    gradients only.
+
+    Args:
+        params: Parameters or param groups, as for ``torch.optim.AdamW``; fp32, bf16 or fp16, on CPU or CUDA.
+        lr: Learning rate, a number or a 1-element tensor.
+        betas: Decay of the first and second moment, in [0, 1).
+        eps: Added to the denominator, at least 0.
+        weight_decay: Decoupled decay, at least 0.
+        max_grad_norm: Bound of the merged gradient's norm; None means no clip.
+        config: Surgery and dual settings; the anchor fields are not read here.
+        backend: ``triton`` (one kernel launch; CUDA), ``torch`` (flat tensor operations) or ``auto``.
+        total_steps: Length of the run in steps; stands in where ``config.epsilon_decay_steps`` is 0. Without either ε
+            stays at ``epsilon_start``.
+        amsgrad: As in ``torch.optim.AdamW``.
+        maximize: As in ``torch.optim.AdamW``; both gradients are negated.
+
+    Raises:
+        ValueError: A setting is out of its range, or a parameter has a dtype or device that is not supported.
+        RuntimeError: More than one process, DTensor parameters or sparse gradients.
+
+    Source: AdamW, Loshchilov and Hutter (arXiv 1711.05101), Algorithm 2, in torch's form; projection, Yu et al.
+    (arXiv 2001.06782), Algorithm 1, and Chaudhry et al. (arXiv 1812.00420), equation 11. Deviations: see
+    :mod:`craft_opt.surgery`; moments are fp32 for every parameter dtype (torch keeps bf16 moments for bf16).
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> opt = CraftOptimizer(model.parameters(), lr=1e-3, backend="torch")
+        >>> old, new = torch.randn(8, 4), torch.randn(8, 4)
+        >>> retention_loss = model(old).square().mean()
+        >>> with opt.retention(retention_loss):
+        ...     retention_loss.backward()
+        >>> (model(new) - 1).square().mean().backward()
+        >>> opt.step(); opt.zero_grad()
+        >>> opt.metrics().lam_before.item()
+        1.0
+    """
+
+    # GradScaler hands over grad_scale and found_inf instead of unscaling .grad itself: it does not know of the
+    # retention buffer, whose gradient is scaled just the same.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        max_grad_norm: float | None = 1.0,
+        config: CraftConfig | None = None,
+        backend: str = "auto",
+        *,
+        total_steps: int | None = None,
+        amsgrad: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        _refuse_distributed()
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0, or None for no clip, got {max_grad_norm!r}")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, or None, got {total_steps!r}")
+        self.config = config if config is not None else CraftConfig()
+        self.max_grad_norm = max_grad_norm
+        self.backend = backend
+        self.total_steps = total_steps
+        self._start_fresh()
+        # torch.optim.AdamW's group keys, in its order, so that state dicts go both ways.
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": None,
+            "capturable": False,
+            "differentiable": False,
+            "fused": None,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(params, defaults)
+
+    def _start_fresh(self) -> None:
+        """Set everything that is neither a setting nor torch's own."""
+        self._layouts: list[DeviceLayout] = []
+        self._slots: dict[Tensor, Slot] = {}
+        self._signature: list[int] | None = None
+        self._hooks: dict[int, RemovableHandle] = {}
+        weakref.finalize(self, _remove_hooks, self._hooks)
+        self._backends: dict[str, Backend] = {}
+        self._capturing = False
+        self._task_backwards: set[int] = set()
+        # What the first layout starts from; the layouts hold it afterwards.
+        self._first_dual = DualState.create(self.config, "cpu").vector
+        self._attempted = 0
+        self._stepped = False
+        self._attached: tuple[Callable[[], Tensor], int] | None = None
+        self._incoming: dict[str, Any] | None = None
+
+    # -- parameters ----------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as torch's optimizers do; refuse what AdamW on flat buffers cannot hold."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (ValueError, RuntimeError):
+            self.param_groups.pop()
+            raise
+        self._hook(self.param_groups[-1]["params"])
+
+    @staticmethod
+    def _check_group(group: dict[str, Any]) -> None:
+        lr, betas = group["lr"], group["betas"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a 1-element tensor, got shape {tuple(lr.shape)}")
+        for name, value in (("lr", lr), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
+            if not value >= 0.0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
+        for i, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"betas[{i}] must be in [0, 1), got {beta!r}")
+        if group["differentiable"]:
+            raise ValueError("differentiable=True is not supported: the step updates parameters in place")
+        for p in group["params"]:
+            if type(p).__name__ == "DTensor":
+                raise RuntimeError(
+                    "CraftOptimizer got a DTensor parameter; sharded training is not supported yet, "
+                    "build the optimizer from the unsharded module's parameters"
+                )
+            if p.dtype not in kernel.SUPPORTED_DTYPES:
+                raise ValueError(
+                    f"parameters must be fp32, bf16 or fp16 (moments are fp32), got {p.dtype} of shape "
+                    f"{tuple(p.shape)}; use model.float()"
+                )
+
+    def _hook(self, params: list[Tensor]) -> None:
+        opt_ref = weakref.ref(self)
+
+        def landed(p: Tensor) -> None:
+            opt = opt_ref()
+            if opt is not None:
+                opt._on_accumulated(p)
+
+        for p in params:
+            if p.requires_grad and id(p) not in self._hooks:
+                self._hooks[id(p)] = p.register_post_accumulate_grad_hook(landed)
+
+    @torch.no_grad()
+    def _on_accumulated(self, p: Tensor) -> None:
+        """After autograd accumulated into ``p.grad``: note the backward, and land a large gradient at once."""
+        if not self._capturing:
+            self._task_backwards.add(torch._C._current_graph_task_id())
+        if p.numel() < LAND_AT_ONCE:
+            return
+        if p not in self._slots:
+            self._ensure_layout()
+        slot, grad = self._slots.get(p), p.grad
+        if slot is None or grad is None:
+            return
+        view = slot.ret_view if self._capturing else slot.task_view
+        # A gradient with a graph of its own (create_graph=True) stays until the step: the caller may yet use it.
+        if view is None or grad is view or grad.requires_grad or grad.layout is not torch.strided:
+            return
+        view.copy_(grad)
+        p.grad = view
+        if self._capturing:
+            slot.ret_dirty = True
+        else:
+            slot.task_dirty = True
+
+    def _ensure_layout(self) -> list[DeviceLayout]:
+        """Return the layouts, built again where parameters were added, (un)frozen, moved or changed their form."""
+        trainable = [(p, i) for i, g in enumerate(self.param_groups) for p in g["params"] if p.requires_grad]
+        signature = [p.data_ptr() for p, _ in trainable]
+        if signature == self._signature and len(trainable) == len(self._slots):
+            return self._layouts
+        same = len(trainable) == len(self._slots) and all(
+            p in self._slots and self._slots[p].group == i for p, i in trainable
+        )
+        if not (same and all(layout.matches(slot) for layout in self._layouts for slot in layout.slots)):
+            self._build(trainable)
+        self._signature = signature
+        return self._layouts
+
+    def _build(self, trainable: list[tuple[Tensor, int]]) -> None:
+        """Lay the parameters out afresh, keeping moments, step counts, dual state and pending gradients."""
+        for device in {p.device for p, _ in trainable}:
+            if device.type not in ("cpu", "cuda"):
+                raise ValueError(f"CraftOptimizer runs on CPU and CUDA devices, got parameters on {device}")
+        amsgrad = any(group["amsgrad"] for group in self.param_groups)
+        pending = {p: slot.ret_view for p, slot in self._slots.items() if slot.ret_present}
+        dual = self._dual.clone()
+        old = self._layouts[0].buffers if self._layouts else None
+
+        self._layouts = [DeviceLayout(d, members, amsgrad) for d, members in group_by_device(trainable).items()]
+        self._slots = {slot.param: slot for layout in self._layouts for slot in layout.slots}
+        self._backends = {layout.device.type: self._choose(layout.device) for layout in self._layouts}
+        self._hook([p for p, _ in trainable])
+        for p, slot in self._slots.items():
+            if self.state.get(p):
+                self._fill(slot, self.state[p])
+        for layout in self._layouts:
+            layout.buffers.dual.copy_(dual)
+            if old is None:
+                layout.buffers.step_in[1] = 1.0  # grad_scale
+            else:
+                layout.buffers.step_in.copy_(old.step_in)
+                layout.buffers.metrics.copy_(old.metrics)
+            if pending:
+                layout.ensure_retention()
+        for p, grad in pending.items():
+            kept = self._slots.get(p)
+            if kept is not None and kept.ret_view is not None and grad is not None:
+                kept.ret_view.copy_(grad)
+                kept.ret_present = kept.ret_dirty = True
+
+    @property
+    def _dual(self) -> Tensor:
+        return self._layouts[0].buffers.dual if self._layouts else self._first_dual
+
+    def _choose(self, device: torch.device) -> Backend:
+        if device.type in self._backends:
+            return self._backends[device.type]
+        name = self.backend
+        if name == "auto":
+            name = "triton" if device.type == "cuda" and kernel.is_available(device) else "torch"
+            logger.info("CraftOptimizer: backend %s for %s", name, device.type)
+        elif name == "triton" and not kernel.is_available(device):
+            raise ValueError(
+                f"backend='triton' needs Triton and a CUDA device, got parameters on {device}; "
+                f"use backend='torch' or 'auto'"
+            )
+        return TritonBackend() if name == "triton" else TorchBackend()
+
+    # -- retention -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def retention(self, loss: Tensor | float) -> Iterator[None]:
+        """Direct the gradients of the backward passes inside into the retention buffer.
+
+        ``with opt.retention(loss): loss.backward()``. Task gradients that already lie in ``.grad`` stay as they are.
+
+        Args:
+            loss: L_ret of these backward passes, one number, not scaled by a GradScaler; λ is held against it. Several
+                captures before one step add up, as their gradients do, so divide by the number of micro-batches.
+
+        Raises:
+            ValueError: ``loss`` is not one number.
+            RuntimeError: Nested use, or no gradient reached any parameter.
+        """
+        if self._capturing:
+            raise RuntimeError("retention() blocks do not nest: leave the first before the second")
+        value = _as_scalar(loss)
+        layouts = self._ensure_layout()
+        task = {}
+        for layout in layouts:
+            layout.ensure_retention()
+            for slot in layout.slots:
+                task[slot.param] = slot.param.grad
+                slot.param.grad = slot.ret_view if slot.ret_present else None
+        self._capturing = True
+        try:
+            yield
+            self._finish_capture(value)
+        except BaseException:
+            # Half a gradient is no gradient: the step that follows must not merge it.
+            self._drop_retention()
+            raise
+        finally:
+            self._capturing = False
+            for p, grad in task.items():
+                p.grad = grad
+
+    def _finish_capture(self, value: Tensor) -> None:
+        """Land what lies in ``.grad`` in the retention buffer and add its loss."""
+        if not any(slot.param.grad is not None for layout in self._layouts for slot in layout.slots):
+            raise RuntimeError(
+                "no retention gradient reached any parameter: call retention_loss.backward() inside the block, on a "
+                "loss that depends on parameters of this optimizer"
+            )
+        for layout in self._layouts:
+            layout.land(retention=True)
+            captured = layout.buffers.step_in
+            captured[0] += value.to(captured.device, torch.float64, non_blocking=True)
+            captured[3] = 1.0
+
+    def capture_retention(self, loss: Tensor | float, *, backward_passes: int | None = 1) -> None:
+        """Move the gradients that lie in ``.grad`` into the retention buffer: for loops that call backward elsewhere.
+
+        ``retention_loss.backward(); opt.capture_retention(retention_loss)``.
+
+        Args:
+            loss: L_ret, as for :meth:`retention`.
+            backward_passes: Backward passes whose gradients may lie in ``.grad``; None means any number. More than this
+                since the last ``zero_grad()`` or capture means that task gradients are among them.
+
+        Raises:
+            ValueError: ``loss`` is not one number.
+            RuntimeError: Task gradients already lie in ``.grad``, or there is no gradient at all.
+        """
+        value = _as_scalar(loss)
+        if backward_passes is not None and len(self._task_backwards) > backward_passes:
+            raise RuntimeError(
+                f"capture_retention found gradients of {len(self._task_backwards)} backward passes in .grad where "
+                f"{backward_passes} was expected: task gradients already lie there. Capture right after the retention "
+                f"backward and before the task's, use `with opt.retention(loss):`, or say backward_passes="
+                f"{len(self._task_backwards)} if all of them were retention losses"
+            )
+        layouts = self._ensure_layout()
+        for layout in layouts:
+            layout.ensure_retention()
+            for slot in layout.slots:
+                grad = slot.param.grad
+                if grad is None or not slot.ret_present:
+                    continue
+                check_grad(grad)
+                assert slot.ret_view is not None
+                slot.ret_view.add_(grad.detach())
+                slot.param.grad = slot.ret_view
+        self._finish_capture(value)
+        for slot in self._slots.values():
+            slot.param.grad = None
+        self._task_backwards.clear()
+
+    def attach_retention(self, fn: Callable[[], Tensor] | None, every: int | None = None) -> None:
+        """Let ``step()`` itself compute the retention gradient: for loops that cannot be changed.
+
+        Every ``every`` steps ``step()`` calls ``fn()``, runs its backward into the retention buffer and goes on as if
+        the loop had done so. The loop must not clip gradients itself, since it would clip the task gradient alone;
+        ``max_grad_norm`` of this optimizer clips the merged one. LeRobot: ``--optimizer.grad_clip_norm=0``;
+        transformers: ``TrainingArguments(max_grad_norm=0)``; a loop of your own: leave ``clip_grad_norm_`` out.
+
+        Args:
+            fn: Returns the retention loss, a scalar tensor with a graph; None detaches.
+            every: K in steps, at least 1; None takes ``config.retention_freq``.
+
+        Raises:
+            ValueError: ``every`` is below 1.
+        """
+        period = self.config.retention_freq if every is None else every
+        if period < 1:
+            raise ValueError(f"every must be at least 1, got {every!r}")
+        self._attached = None if fn is None else (fn, period)
+
+    def _run_attached(self, fn: Callable[[], Tensor]) -> None:
+        with torch.enable_grad():
+            loss = fn()
+            with self.retention(loss):
+                scale = getattr(self, "grad_scale", None)
+                (loss if scale is None else loss * scale.to(loss.device)).backward()
+
+    def _drop_retention(self) -> None:
+        for layout in self._layouts:
+            layout.drop_retention()
+            layout.buffers.step_in[0] = 0.0
+            layout.buffers.step_in[3] = 0.0
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    @property
+    def attempted_steps(self) -> int:
+        """Steps taken or skipped so far, counted on the host: no synchronisation."""
+        return self._attempted
+
+    @property
+    def retention_due(self) -> bool:
+        """Whether the coming step is one of 0, K, 2K, ... with K = ``config.retention_freq``.
+
+        Attempted steps count here, so that nothing has to be read from the device; ε's clock counts completed ones.
+        """
+        return self._attempted % self.config.retention_freq == 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do the whole update: surgery, merge, clip, AdamW, λ.
+
+        Args:
+            closure: Computes the task loss again and returns it, as for every torch optimizer.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: A task gradient was unscaled outside while a scaled retention gradient is pending.
+        """
+        _refuse_distributed()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        layouts = self._ensure_layout()
+        if self._attached is not None and self._attempted % self._attached[1] == 0:
+            self._run_attached(self._attached[0])
+
+        for layout in layouts:
+            layout.land(retention=False)
+        pending = [layout.settle_retention() for layout in layouts]
+        has_ret = any(pending)
+        if not has_ret and not any(any(layout.task_present) for layout in layouts):
+            return loss
+        self._take_amp_scale(has_ret)
+
+        groups = self.param_groups
+        rule = Rule(self.config, self.max_grad_norm, self.config.epsilon_decay_steps or self.total_steps or 0)
+        for layout in layouts:
+            if has_ret:
+                layout.ensure_retention()
+            layout.stage_in()
+        if len(layouts) == 1:
+            self._backends[layouts[0].device.type].step(layouts[0], groups, rule, has_ret)
+        else:
+            grams = [self._backends[lay.device.type].reduce(lay, groups, rule, has_ret) for lay in layouts]
+            total = torch.stack([gram.to(layouts[0].device, non_blocking=True) for gram in grams]).sum(dim=0)
+            for lay in layouts:
+                here = total.to(lay.device, non_blocking=True)
+                self._backends[lay.device.type].apply(lay, groups, rule, has_ret, here)
+        updated = []
+        for layout in layouts:
+            layout.stage_out()
+            for slot, task, ret in zip(layout.slots, layout.task_present, layout.ret_present, strict=True):
+                if task or ret:
+                    updated.append(slot.param)
+                    if not self.state[slot.param]:
+                        self.state[slot.param] = self._state_views(slot)
+        # Memory written through raw pointers: autograd must see that saved tensors are stale.
+        torch.autograd.graph.increment_version(updated)
+        self._drop_retention()
+        self._attempted += 1
+        self._stepped = True
+        return loss
+
+    def _take_amp_scale(self, has_ret: bool) -> None:
+        """Hand GradScaler's scale to the backends; both gradients are divided by it."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and scale is None and has_ret:
+            raise RuntimeError(
+                "GradScaler.unscale_(optimizer) was called: it unscales the task gradient and cannot see the retention "
+                "gradient. Leave unscale_ out; CraftOptimizer unscales both and clips with max_grad_norm"
+            )
+        for layout in self._layouts:
+            vector = layout.buffers.step_in
+            for i, value, neutral in ((1, scale, 1.0), (2, found_inf, 0.0)):
+                if value is None:
+                    vector[i] = neutral
+                else:
+                    vector[i] = value.to(vector.device, torch.float64, non_blocking=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the task gradients; a captured retention gradient waits for the step that consumes it."""
+        super().zero_grad(set_to_none)
+        self._task_backwards.clear()
+
+    def metrics(self) -> StepMetrics:
+        """Return the metrics of the last step, as a copy on the device (no synchronisation).
+
+        Raises:
+            RuntimeError: There was no step yet.
+        """
+        if not self._stepped:
+            raise RuntimeError("metrics() has nothing to tell before the first step()")
+        return StepMetrics.from_vector(self._layouts[0].buffers.metrics)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _state_views(slot: Slot) -> dict[str, Tensor]:
+        state = {"step": slot.step, "exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq}
+        if slot.max_exp_avg_sq is not None:
+            state["max_exp_avg_sq"] = slot.max_exp_avg_sq
+        return state
+
+    @torch.no_grad()
+    def _fill(self, slot: Slot, state: dict[str, Any]) -> None:
+        """Copy a parameter's saved state into its flat buffers and let ``self.state`` show those."""
+        slot.step.copy_(torch.as_tensor(state["step"]))
+        for name in ADAMW_MOMENTS:
+            target, source = getattr(slot, name), state.get(name)
+            if target is not None and source is not None:
+                target.copy_(source)
+        self.state[slot.param] = self._state_views(slot)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch.optim.AdamW's state dict, with λ and t as ``craft_dual`` under the first parameter's state.
+
+        ``craft_dual`` holds ``lam`` (fp64), ``t`` and ``skipped`` (int64), each of shape (). Moments are fp32. As in
+        AdamW, ``step`` is fp32 on the CPU unless the group is ``capturable`` or ``fused``. This waits for the device.
+        """
+        layouts = self._ensure_layout()
+        saved = super().state_dict()
+        on_host = {layout.device: layout.buffers.steps.to("cpu", copy=True) for layout in layouts}
+        index = 0
+        first: tuple[int, Slot] | None = None
+        for group in self.param_groups:
+            for p in group["params"]:
+                slot = self._slots.get(p)
+                if slot is not None and first is None:
+                    first = index, slot
+                if index in saved["state"]:
+                    entry = dict(saved["state"][index])
+                    if slot is not None and not (group["capturable"] or group["fused"]):
+                        entry["step"] = on_host[p.device][slot.segment].clone()
+                    saved["state"][index] = entry
+                index += 1
+        if first is not None:
+            index, slot = first
+            if index not in saved["state"]:
+                # Zero steps and zero moments: what AdamW itself would start from.
+                saved["state"][index] = {
+                    **self._state_views(slot),
+                    "step": on_host[slot.param.device][slot.segment].clone(),
+                }
+                saved["state"] = dict(sorted(saved["state"].items()))
+            saved["state"][index][DUAL_KEY] = DualState(self._dual).state_dict()
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch.optim.AdamW; moments are taken over in fp32.
+
+        A state dict without ``craft_dual`` (AdamW's) leaves λ and the clock as they are. A pending retention gradient
+        is dropped.
+
+        Raises:
+            ValueError: Groups, shapes or the dual state do not fit this optimizer; nothing was changed.
+        """
+
+        def keep(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            # torch casts moments to the parameter's dtype while loading, so they are set aside before.
+            self._check_incoming(incoming)
+            self._incoming = incoming
+            bare = {k: {n: v for n, v in s.items() if n == "step"} for k, s in incoming["state"].items()}
+            return {**incoming, "state": bare}
+
+        # Registered last, so that it sees what the user's own hooks made of the state dict.
+        handle = self.register_load_state_dict_pre_hook(keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._incoming = None
+
+    def _check_incoming(self, incoming: dict[str, Any]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in incoming["param_groups"] for i in group["params"]]
+        for key, p in zip(ids, params, strict=False):
+            state = incoming["state"].get(key)
+            if not state:
+                continue
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                if name not in state:
+                    raise ValueError(
+                        f"state of parameter {key} has no {name!r} (found: {', '.join(sorted(state))}); "
+                        f"only states of AdamW and CraftOptimizer can be loaded"
+                    )
+            for name in ADAMW_MOMENTS:
+                if name in state and state[name].shape != p.shape:
+                    raise ValueError(
+                        f"state of parameter {key}: {name} has shape {tuple(state[name].shape)}, "
+                        f"the parameter {tuple(p.shape)}"
+                    )
+            if DUAL_KEY in state:
+                DualState.create(self.config, "cpu").load_state_dict(state[DUAL_KEY], self.config)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over param groups and state: of a pickle or copy, or in the middle of ``load_state_dict``."""
+        craft = state.pop("craft", None)
+        if craft is not None:
+            for name in SETTINGS:
+                setattr(self, name, craft[name])
+            self._start_fresh()
+            self._first_dual = craft["dual"]
+            self._attempted = craft["attempted"]
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        if craft is not None:
+            for group in self.param_groups:
+                self._hook(group["params"])
+            return
+        if self._incoming is not None:
+            self._adopt(self._incoming)
+
+    def _adopt(self, incoming: dict[str, Any]) -> None:
+        """Copy the loaded state, set aside by load_state_dict, into the flat buffers."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in incoming["param_groups"] for i in group["params"]]
+        self.state.clear()
+        self._signature = None
+        self._build([(p, i) for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad])
+        self._drop_retention()
+        for key, p in zip(ids, params, strict=True):
+            state, slot = incoming["state"].get(key), self._slots.get(p)
+            if not state:
+                continue
+            if slot is None:
+                # A frozen parameter: kept as it came, for the day it is thawed or saved.
+                self.state[p] = {k: v for k, v in state.items() if k != DUAL_KEY}
+            else:
+                self._fill(slot, state)
+            if DUAL_KEY in state:
+                dual = DualState.create(self.config, "cpu")
+                dual.load_state_dict(state[DUAL_KEY], self.config)
+                for layout in self._layouts:
+                    layout.buffers.dual.copy_(dual.vector)
+                self._attempted = int(dual.vector[1] + dual.vector[2])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs; pending retention gradients and an attached function stay behind."""
+        craft = {name: getattr(self, name) for name in SETTINGS}
+        craft.update(dual=self._dual.to("cpu", copy=True), attempted=self._attempted)
+        return {**super().__getstate__(), "craft": craft}
+
+
+def _as_scalar(loss: Tensor | float) -> Tensor:
+    value = torch.as_tensor(loss).detach()
+    if value.numel() != 1 or value.is_complex():
+        raise ValueError(
+            f"the retention loss must be one real number, got a tensor of shape {tuple(value.shape)} and dtype "
+            f"{value.dtype}; reduce it first, e.g. with .mean()"
+        )
+    return value.reshape(())
+
+
+def _remove_hooks(hooks: dict[int, RemovableHandle]) -> None:
+    for handle in hooks.values():
+        handle.remove()
+
+
+def _refuse_distributed() -> None:
+    if not distributed_available():
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"CraftOptimizer does not support several processes yet (found {dist.get_world_size()}): λ and the "
+            f"conflict decision would differ between them. Start one process"
+        )
