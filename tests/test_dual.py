@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def test_both_ends_are_reached_exactly(schedule, start, end):
 def test_epsilon_falls_monotonically_between_its_ends(schedule):
     config = CraftConfig(epsilon_schedule=schedule, epsilon_decay_steps=50)
     values = [epsilon_schedule(t, config).item() for t in range(60)]
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values))
     assert max(values) == 1.0
     assert min(values) == 0.1
 

@@ -274,8 +274,11 @@ def _batches(slots: Sequence[Slot], present: Sequence[bool]) -> Iterator[list[Sl
 
 
 def _view(slot: Slot, retention: bool) -> Tensor:
-    view = slot.ret_view if retention else slot.task_view
-    assert view is not None
+    return _present(slot.ret_view if retention else slot.task_view)
+
+
+def _present(view: Tensor | None) -> Tensor:
+    assert view is not None, "the layout allocates before a backend runs"
     return view
 
 
@@ -293,7 +296,7 @@ def _fused_adamw(
         grads,
         [slot.exp_avg for slot in slots],
         [slot.exp_avg_sq for slot in slots],
-        [slot.max_exp_avg_sq for slot in slots] if amsgrad else [],
+        [_present(slot.max_exp_avg_sq) for slot in slots] if amsgrad else [],
         [slot.step for slot in slots],
         lr=float(group["lr"]),
         beta1=float(group["betas"][0]),

@@ -87,7 +87,7 @@ def test_4_steps_equal_2_plus_save_plus_load_plus_2(path, tmp_path):
 
 
 def test_group_keys_and_state_types_are_those_of_adamw():
-    model, opt = trained()
+    _model, opt = trained()
     other = make_model()
     reference = torch.optim.AdamW(other.parameters())
     plain_steps(other, reference, batches(1))
@@ -206,7 +206,7 @@ def test_foreign_state_is_refused_and_changes_nothing(key, value, match):
 
 
 def test_load_hooks_see_and_change_the_state():
-    model, opt = trained()
+    _model, opt = trained()
     state = opt.state_dict()
     other = craft(make_model(), config=CONFIG)
 
