@@ -30,13 +30,31 @@ Inductor's `x_grid_barrier`. Deviations: conflict is a threshold on the cosine r
 are fp32 for every parameter dtype.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from craft_opt.kernels.layout import (
+    ALIGN,
+    DEFAULT_CONFIG,
+    DUAL_NAMES,
+    GROUP_COLUMNS,
+    HYPER_COLUMNS,
+    MAX_GRID,
+    METRIC_NAMES,
+    STEP_IN_NAMES,
+    SUPPORTED_DTYPES,
+    TABLE_COLUMNS,
+    TAIL_COLUMNS,
+    LaunchConfig,
+    SegmentSpec,
+    SurgeryBuffers,
+    SurgeryPlan,
+    pack_group,
+    pack_settings,
+    round_up,
+)
 from torch import Tensor
 
 try:
@@ -47,56 +65,47 @@ try:
 except ImportError:  # the layout, the buffers and the reference below serve machines without triton too
     triton = None
 
-    class tl:  # type: ignore[no-redef]  # noqa: N801, D101
+    class tl:  # type: ignore[no-redef]
         constexpr = staticmethod(lambda value: value)
 
     def _jit(fn: Callable[..., Any] | None = None, **_: Any) -> Any:
         return fn if fn is not None else lambda function: function
 
 
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = [
+    "DEFAULT_CONFIG",
+    "DUAL_NAMES",
+    "MAX_GRID",
+    "MERGE_MODES",
+    "METRIC_NAMES",
+    "SCHEDULES",
+    "STEP_IN_NAMES",
+    "SUPPORTED_DTYPES",
+    "LaunchConfig",
+    "SegmentSpec",
+    "SurgeryBuffers",
+    "SurgeryPlan",
+    "apply",
+    "fused",
+    "is_available",
+    "is_interpreted",
+    "pack_group",
+    "pack_settings",
+    "reduce",
+    "reference_step",
+]
+
 MERGE_MODES = {"weighted": 0, "equal": 1, "task_priority": 2}
 SCHEDULES = {"linear": 0, "cosine": 1, "exponential": 2}
-STEP_IN_NAMES = ("retention_loss", "grad_scale", "found_inf", "measured")
-DUAL_NAMES = ("lam", "t", "skipped_total")
-METRIC_NAMES = (
-    "dot",
-    "cos",
-    "conflict",
-    "grad_norm",
-    "lam_before",
-    "lam_after",
-    "epsilon",
-    "retention_loss",
-    "skipped",
-    "skipped_total",
-    "a",
-    "b",
-    "clip_scale",
-    "tt",
-    "rr",
-    "t",
-)
-GROUP_COLUMNS = 10
-SETTINGS_SIZE = 8
-MAX_GRID = 2048  # rows of partial sums; 148 SMs (B200) hold at most 148·8 programs of 256 threads
 
-_ALIGN = 16  # elements: 32 bytes of bf16, 64 of fp32, so that every segment starts on a 128-bit boundary
-_GRAD_MULTIPLE = 8192  # every reduce block divides it, so the layout of the state does not depend on a tuning knob
-_TABLE_COLUMNS = 8
-_TAIL_COLUMNS = 4
-_HYPER_COLUMNS = 16
-_FP32_MAX = 3.4028234663852886e38
-_FP64_MAX = 1.7976931348623157e308
-
-# The kernel's own names for the constants above: Triton reads globals only as constexprs.
-_ALIGN_C = tl.constexpr(_ALIGN)
-_TABLE_C = tl.constexpr(_TABLE_COLUMNS)
-_TAIL_C = tl.constexpr(_TAIL_COLUMNS)
-_HYPER_C = tl.constexpr(_HYPER_COLUMNS)
+# The device code's constants: Triton reads globals only as constexprs.
+_ALIGN_C = tl.constexpr(ALIGN)
+_TABLE_C = tl.constexpr(TABLE_COLUMNS)
+_TAIL_C = tl.constexpr(TAIL_COLUMNS)
+_HYPER_C = tl.constexpr(HYPER_COLUMNS)
 _GROUP_C = tl.constexpr(GROUP_COLUMNS)
-_FP32_MAX_C = tl.constexpr(_FP32_MAX)
-_FP64_MAX_C = tl.constexpr(_FP64_MAX)
+_FP32_MAX_C = tl.constexpr(3.4028234663852886e38)
+_FP64_MAX_C = tl.constexpr(1.7976931348623157e308)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -126,21 +135,18 @@ def _grid_barrier(counter_ptr):
 def _to_f32(x, SOFT_CAST: tl.constexpr):
     """Widen to fp32. SOFT_CAST: bf16 by its bits, because the interpreter's own cast garbles subnormals."""
     if SOFT_CAST and x.dtype == tl.bfloat16:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
 
 
 @_jit
 def _from_f32(x, DTYPE: tl.constexpr, SOFT_CAST: tl.constexpr):
     """Round once to DTYPE, nearest-even. SOFT_CAST: bf16 by its bits, because the interpreter truncates."""
-    if SOFT_CAST and DTYPE == tl.bfloat16:
+    if SOFT_CAST and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        nan = x != x
-        return tl.where(nan, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(DTYPE)
+        x = tl.where(x != x, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
 
 
 @_jit
@@ -164,7 +170,6 @@ def _gram_of(
     SOFT_CAST: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """This program's share of (tt, tr, rr) over one pair of flat buffers: no table, no mask."""
     ROWS: tl.constexpr = BLOCK // VEC
@@ -266,7 +271,8 @@ def _merge_coefficients(tt, tr, rr, lam, threshold, MERGE: tl.constexpr, PROJECT
         cos = tl.where(cos > 1.0, 1.0, cos)
         cos = tl.where(cos < -1.0, -1.0, cos)
         if PROJECT:
-            conflict = cos < threshold
+            # A zero gradient is never a direction to project on, even with a positive threshold.
+            conflict = (cos < threshold) & (rr > 0.0)
             projection = tl.where(conflict, tr / tl.where(rr > 0.0, rr, 1.0), 0.0)
         else:
             conflict = cos != cos
@@ -390,10 +396,7 @@ def _apply_tiles(
         p_address = tl.load(row) + start * (DTYPE.primitive_bitwidth // 8)
         grad_start = tl.multiple_of(tl.load(row + 1) + start, _ALIGN_C)
         moment_start = tl.multiple_of(tl.load(row + 2) + start, _ALIGN_C)
-        if HAS_RET:
-            end = tl.load(row + 4)
-        else:
-            end = tl.load(row + 3)
+        end = tl.load(row + 4) if HAS_RET else tl.load(row + 3)
         # The promise that counts are multiples of 16 is what keeps masked accesses 128 bits wide.
         count = tl.multiple_of(tl.minimum(end - start, BLOCK).to(tl.int32), _ALIGN_C)
         mask = lane < count
@@ -563,7 +566,6 @@ def _surgery_adamw_kernel(
     SOFT_CAST: tl.constexpr,
     BLOCK: tl.constexpr,
     REDUCE_BLOCK: tl.constexpr,
-    REDUCE_UNROLL: tl.constexpr,
     VEC_32BIT: tl.constexpr,
     VEC_16BIT: tl.constexpr,
     SEG_BLOCK: tl.constexpr,
@@ -577,24 +579,19 @@ def _surgery_adamw_kernel(
         tr = tl.cast(0.0, tl.float64)
         rr = tl.cast(0.0, tl.float64)
         if HAS_F32:
-            x, y, z = _gram_of(
-                task_f32_ptr, ret_f32_ptr, reduce_tiles_f32, HAS_RET, SOFT_CAST, REDUCE_BLOCK, VEC_32BIT, REDUCE_UNROLL
-            )
+            x, y, z = _gram_of(task_f32_ptr, ret_f32_ptr, reduce_tiles_f32, HAS_RET, SOFT_CAST, REDUCE_BLOCK, VEC_32BIT)
             tt += x
             tr += y
             rr += z
         if HAS_BF16:
             x, y, z = _gram_of(
                 task_bf16_ptr, ret_bf16_ptr, reduce_tiles_bf16, HAS_RET, SOFT_CAST, REDUCE_BLOCK, VEC_16BIT,
-                REDUCE_UNROLL,
             )  # fmt: skip
             tt += x
             tr += y
             rr += z
         if HAS_F16:
-            x, y, z = _gram_of(
-                task_f16_ptr, ret_f16_ptr, reduce_tiles_f16, HAS_RET, SOFT_CAST, REDUCE_BLOCK, VEC_16BIT, REDUCE_UNROLL
-            )
+            x, y, z = _gram_of(task_f16_ptr, ret_f16_ptr, reduce_tiles_f16, HAS_RET, SOFT_CAST, REDUCE_BLOCK, VEC_16BIT)
             tt += x
             tr += y
             rr += z
@@ -741,401 +738,6 @@ def _surgery_adamw_kernel(
 
 
 # --------------------------------------------------------------------------------------------------------------
-# Launch configuration
-# --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Numbers of the launch, chosen from the ahead-of-time reports in benchmarks/results/aot_*.json.
-
-    No autotuning: a kernel that updates in place cannot be tried twice on the same data.
-
-    Attributes:
-        num_warps: 8. With 4, twice as many programs would add twice as many rows of partial sums and
-            arrivals at the barrier.
-        block: Elements of a tile of the update, 8 a thread: one 128-bit access of bf16, two of fp32. 16 a thread (4096)
-            costs over 100 registers, half the resident programs, and spills in the mixed-dtype kernel.
-        reduce_block: Elements of a tile of the reduction, from each of the two buffers.
-        reduce_unroll: Tiles of the reduction whose loads are in flight together.
-        vec_32bit: Consecutive elements a thread holds of an fp32 tile (4 = 128 bits).
-        vec_16bit: The same for bf16 and fp16 (8 = 128 bits). m and v then change their layout through shared memory
-            on the way out; 4 would do without, at 64 bits an access. To be measured on a GPU.
-        max_programs_per_sm: Ceiling on resident programs of a multiprocessor; registers allow no more anyway.
-    """
-
-    num_warps: int = 8
-    block: int = 2048
-    reduce_block: int = 2048
-    reduce_unroll: int = 2
-    vec_32bit: int = 4
-    vec_16bit: int = 8
-    max_programs_per_sm: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("num_warps", "block", "reduce_block"):
-            value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"LaunchConfig.{name}={value}: needs a power of two")
-        if self.block < _ALIGN or _GRAD_MULTIPLE % self.reduce_block:
-            raise ValueError(
-                f"LaunchConfig(block={self.block}, reduce_block={self.reduce_block}): block needs at least {_ALIGN}, "
-                f"and reduce_block must divide {_GRAD_MULTIPLE}"
-            )
-
-
-DEFAULT_CONFIG = LaunchConfig()
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Layout: plain torch, also for the torch backend and for machines without triton
-# --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SegmentSpec:
-    """One parameter as the kernel sees it: `numel` elements of `dtype` in parameter group `group`."""
-
-    dtype: torch.dtype
-    numel: int
-    group: int
-
-    def __post_init__(self) -> None:
-        if self.dtype not in SUPPORTED_DTYPES:
-            raise ValueError(f"parameter dtype {self.dtype}: CRaFT updates {', '.join(map(str, SUPPORTED_DTYPES))}")
-        if self.numel < 0 or self.group < 0:
-            raise ValueError(f"numel={self.numel}, group={self.group}: neither may be negative")
-
-
-def pack_group(
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-    amsgrad: bool = False,
-) -> tuple[float, ...]:
-    """Return the row of `GROUP_COLUMNS` doubles that describes one parameter group to the kernel."""
-
-    def log(beta: float) -> float:
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"beta={beta}: needs 0 <= beta < 1")
-        return math.log(beta) if beta > 0.0 else -math.inf
-
-    sign = -1.0 if maximize else 1.0
-    return (lr, beta1, beta2, eps, weight_decay, sign, float(amsgrad), log(beta1), log(beta2), 0.0)
-
-
-def pack_settings(
-    *,
-    conflict_threshold: float,
-    max_grad_norm: float | None,
-    lambda_lr: float,
-    lambda_max: float,
-    epsilon_start: float,
-    epsilon_end: float,
-    decay_steps: float,
-) -> tuple[float, ...]:
-    """Return the `SETTINGS_SIZE` doubles of `SurgeryBuffers.settings`.
-
-    `max_grad_norm` None, ≤ 0 or infinite means no clip; `decay_steps` ≤ 0 holds ε at `epsilon_start`.
-    """
-    clip = 0.0 if max_grad_norm is None else float(max_grad_norm)
-    return (conflict_threshold, clip, lambda_lr, lambda_max, epsilon_start, epsilon_end, float(decay_steps), 0.0)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-class SurgeryPlan:
-    """Where every parameter of one device lies in the flat buffers, and the device tables that say so.
-
-    Segments of one dtype share a pair of flat gradient buffers; all segments share the moments. Every segment starts at
-    a multiple of 16 elements, so that accesses stay 128 bits wide; what lies between segments is zero for ever.
-
-    Attributes:
-        segments: The parameters, in the order of all lists below.
-        device: Where the tables live, and the buffers and parameters must.
-        dtypes: The parameter dtypes present, in the order of `SUPPORTED_DTYPES`.
-        grad_offset: First element of each segment in the gradient buffers of its dtype.
-        moment_offset: First element of each segment in m, v and vmax.
-        grad_numel: Length of the gradient buffers by dtype.
-        moment_numel: Length of m, v and vmax.
-        n_segments: Number of segments.
-        config: Launch configuration that the tile maps were built for.
-    """
-
-    def __init__(
-        self,
-        segments: Sequence[SegmentSpec],
-        device: torch.device | str,
-        config: LaunchConfig = DEFAULT_CONFIG,
-    ) -> None:
-        if not segments:
-            raise ValueError("a SurgeryPlan needs at least one parameter, got none")
-        self.segments = tuple(segments)
-        self.device = torch.device(device)
-        self.config = config
-        self.n_segments = len(self.segments)
-        present = {segment.dtype for segment in self.segments}
-        self.dtypes = tuple(dtype for dtype in SUPPORTED_DTYPES if dtype in present)
-
-        self.grad_offset: list[int] = []
-        self.moment_offset: list[int] = []
-        grad_end = dict.fromkeys(self.dtypes, 0)
-        moment_end = 0
-        first_tile: list[int] = []
-        self._tiles = dict.fromkeys(SUPPORTED_DTYPES, 0)
-        tile_owner: dict[torch.dtype, list[tuple[int, int]]] = {dtype: [] for dtype in SUPPORTED_DTYPES}
-        self._tail_segments: dict[torch.dtype, list[int]] = {dtype: [] for dtype in SUPPORTED_DTYPES}
-        for index, segment in enumerate(self.segments):
-            room = _round_up(segment.numel, _ALIGN)
-            self.grad_offset.append(grad_end[segment.dtype])
-            self.moment_offset.append(moment_end)
-            grad_end[segment.dtype] += room
-            moment_end += room
-            tiles = -(-(segment.numel // _ALIGN * _ALIGN) // config.block)
-            first_tile.append(self._tiles[segment.dtype])
-            tile_owner[segment.dtype].append((index, tiles))
-            self._tiles[segment.dtype] += tiles
-            if segment.numel % _ALIGN:
-                self._tail_segments[segment.dtype].append(index)
-        self.grad_numel = {dtype: _round_up(end, _GRAD_MULTIPLE) for dtype, end in grad_end.items()}
-        self.moment_numel = moment_end
-        self._first_tile = first_tile
-        self._tail_order = [index for dtype in SUPPORTED_DTYPES for index in self._tail_segments[dtype]]
-
-        owners = [pair for dtype in SUPPORTED_DTYPES for pair in tile_owner[dtype]]
-        tile_seg = torch.repeat_interleave(
-            torch.tensor([index for index, _ in owners], dtype=torch.int32),
-            torch.tensor([tiles for _, tiles in owners], dtype=torch.int64),
-        )
-        # Kernel arguments may not be empty tensors: Triton would see a null pointer.
-        self._tile_seg = torch.cat([tile_seg, tile_seg.new_zeros(1)]).to(self.device)
-        new = functools.partial(torch.zeros, device=self.device)
-        self._table = new((self.n_segments, _TABLE_COLUMNS), dtype=torch.int64)
-        self._tails = new((len(self._tail_order) + 1, _TAIL_COLUMNS), dtype=torch.int64)
-        n_groups = 1 + max(segment.group for segment in self.segments)
-        self._groups = new((n_groups, GROUP_COLUMNS), dtype=torch.float64)
-        self._hyper = new((self.n_segments, _HYPER_COLUMNS), dtype=torch.float32)
-        self._dual_in = new(len(DUAL_NAMES), dtype=torch.float64)
-        self._barrier = new(1, dtype=torch.int32)
-        self._resident: dict[tuple[Any, ...], int] = {}
-
-        self.addresses: list[int] | None = None
-        self.task_present: list[bool] | None = None
-        self.retention_present: list[bool] | None = None
-        self.groups: list[tuple[float, ...]] | None = None
-        self._stale_table = self._stale_tails = self._stale_groups = True
-
-    def set_addresses(self, addresses: Sequence[int]) -> None:
-        """Say where the parameters lie: `data_ptr()` of each, dense and 16-byte aligned.
-
-        Raises:
-            ValueError: Wrong count, or an address that 128-bit accesses cannot use.
-        """
-        addresses = list(addresses)
-        if addresses == self.addresses:
-            return
-        self._check_count("addresses", len(addresses))
-        for index, address in enumerate(addresses):
-            if address % 16 or (address == 0 and self.segments[index].numel):
-                raise ValueError(
-                    f"parameter {index} lies at address {address:#x}: the kernel needs a multiple of 16; "
-                    "give it a tensor of its own (`.clone()`) and copy back"
-                )
-        self.addresses = addresses
-        self._stale_table = self._stale_tails = True
-
-    def set_present(self, task: Sequence[bool], retention: Sequence[bool]) -> None:
-        """Say which parameters each loss reached; a parameter that neither reached is left untouched."""
-        task, retention = list(task), list(retention)
-        if task == self.task_present and retention == self.retention_present:
-            return
-        self._check_count("task", len(task))
-        self._check_count("retention", len(retention))
-        self.task_present, self.retention_present = task, retention
-        self._stale_table = True
-
-    def set_groups(self, rows: Sequence[Sequence[float]]) -> None:
-        """Give the hyperparameters of every group, as `pack_group` makes them."""
-        groups = [tuple(row) for row in rows]
-        if groups == self.groups:
-            return
-        if len(groups) != self._groups.shape[0] or any(len(row) != GROUP_COLUMNS for row in groups):
-            raise ValueError(
-                f"{len(groups)} group rows of lengths {sorted({len(row) for row in groups})}: this plan needs "
-                f"{self._groups.shape[0]} rows of {GROUP_COLUMNS} from pack_group()"
-            )
-        self.groups = groups
-        self._stale_groups = True
-
-    def _check_count(self, name: str, count: int) -> None:
-        if count != self.n_segments:
-            raise ValueError(f"{name} has {count} entries for {self.n_segments} parameters")
-
-    def _upload(self, target: Tensor, rows: list[Any]) -> None:
-        host = torch.tensor(rows, dtype=target.dtype)
-        if target.is_cuda:
-            # A fresh pinned block every time: torch's allocator hands it out again only once this copy is done.
-            target.copy_(host.pin_memory(), non_blocking=True)
-        else:
-            target.copy_(host)
-
-    def flush(self) -> None:
-        """Upload what changed since the last launch, without synchronising. The launchers call this.
-
-        Raises:
-            ValueError: One of the setters was never called.
-        """
-        if self.addresses is None or self.task_present is None or self.retention_present is None:
-            raise ValueError("set_addresses() and set_present() must be called before the first launch")
-        if self.groups is None:
-            raise ValueError("set_groups() must be called before the first launch")
-        if self._stale_table:
-            rows = []
-            for index, segment in enumerate(self.segments):
-                task, retention = self.task_present[index], self.retention_present[index]
-                start = self._first_tile[index] * self.config.block
-                end = start + segment.numel // _ALIGN * _ALIGN
-                rows.append(
-                    [
-                        self.addresses[index] - start * segment.dtype.itemsize,
-                        self.grad_offset[index] - start,
-                        self.moment_offset[index] - start,
-                        end if task else 0,
-                        end if task or retention else 0,
-                        int(task) + 2 * int(retention),
-                        segment.group,
-                        segment.numel % _ALIGN,
-                    ]
-                )
-            self._upload(self._table, rows)
-            self._stale_table = False
-        if self._stale_tails:
-            tails = []
-            for index in self._tail_order:
-                segment = self.segments[index]
-                start = segment.numel // _ALIGN * _ALIGN
-                tails.append(
-                    [
-                        self.addresses[index] + start * segment.dtype.itemsize,
-                        self.grad_offset[index] + start,
-                        self.moment_offset[index] + start,
-                        index,
-                    ]
-                )
-            if tails:
-                self._upload(self._tails[: len(tails)], tails)
-            self._stale_tails = False
-        if self._stale_groups:
-            self._upload(self._groups, self.groups)
-            self._stale_groups = False
-
-
-@dataclass
-class SurgeryBuffers:
-    """The tensors of a step, all on the plan's device. Names of the small vectors' entries: `*_NAMES`.
-
-    Attributes:
-        grads_task: Task gradients, flat, by dtype, `[plan.grad_numel[dtype]]`. Gaps, padding and segments
-            that the loss did not reach must be zero: the reduction reads them.
-        grads_ret: Retention gradients, the same; read only with `has_ret=True`.
-        m: First moments, fp32 `[plan.moment_numel]`.
-        v: Second moments, fp32 `[plan.moment_numel]`.
-        vmax: Their running maximum for AMSGrad, fp32 `[plan.moment_numel]`, or None.
-        steps: Completed steps of each segment, fp32 `[plan.n_segments]`, as torch's `step`.
-        step_in: fp64 `[4]`: retention_loss, grad_scale, found_inf, measured.
-        dual: fp64 `[3]`: lam, t, skipped_total.
-        settings: fp64 `[8]`, from `pack_settings`.
-        partials: fp64 `[MAX_GRID, 3]`: rows of tt, tr, rr.
-        metrics: fp64 `[16]`.
-    """
-
-    grads_task: dict[torch.dtype, Tensor]
-    grads_ret: dict[torch.dtype, Tensor]
-    m: Tensor
-    v: Tensor
-    vmax: Tensor | None
-    steps: Tensor
-    step_in: Tensor
-    dual: Tensor
-    settings: Tensor
-    partials: Tensor
-    metrics: Tensor
-    _checked: set[tuple[Any, ...]] = field(default_factory=set, init=False, repr=False)
-
-    @classmethod
-    def allocate(cls, plan: SurgeryPlan, *, amsgrad: bool = False, retention: bool = True) -> "SurgeryBuffers":
-        """Allocate zeroed buffers for `plan` (grad_scale 1)."""
-        new = functools.partial(torch.zeros, device=plan.device)
-
-        def grads() -> dict[torch.dtype, Tensor]:
-            return {dtype: new(numel, dtype=dtype) for dtype, numel in plan.grad_numel.items()}
-
-        step_in = new(len(STEP_IN_NAMES), dtype=torch.float64)
-        step_in[1] = 1.0
-        return cls(
-            grads_task=grads(),
-            grads_ret=grads() if retention else {},
-            m=new(plan.moment_numel),
-            v=new(plan.moment_numel),
-            vmax=new(plan.moment_numel) if amsgrad else None,
-            steps=new(plan.n_segments),
-            step_in=step_in,
-            dual=new(len(DUAL_NAMES), dtype=torch.float64),
-            settings=new(SETTINGS_SIZE, dtype=torch.float64),
-            partials=new((MAX_GRID, 3), dtype=torch.float64),
-            metrics=new(len(METRIC_NAMES), dtype=torch.float64),
-        )
-
-    def check(self, plan: SurgeryPlan, *, has_ret: bool, amsgrad: bool) -> None:
-        """Refuse tensors that the kernel would read or write out of bounds or misaligned.
-
-        Raises:
-            ValueError: A tensor is missing or has the wrong dtype, shape, device, layout or alignment.
-        """
-        expected: dict[str, tuple[Tensor | None, torch.dtype, tuple[int, ...]]] = {
-            "m": (self.m, torch.float32, (plan.moment_numel,)),
-            "v": (self.v, torch.float32, (plan.moment_numel,)),
-            "steps": (self.steps, torch.float32, (plan.n_segments,)),
-            "step_in": (self.step_in, torch.float64, (len(STEP_IN_NAMES),)),
-            "dual": (self.dual, torch.float64, (len(DUAL_NAMES),)),
-            "settings": (self.settings, torch.float64, (SETTINGS_SIZE,)),
-            "partials": (self.partials, torch.float64, (MAX_GRID, 3)),
-            "metrics": (self.metrics, torch.float64, (len(METRIC_NAMES),)),
-        }
-        if amsgrad:
-            expected["vmax"] = (self.vmax, torch.float32, (plan.moment_numel,))
-        for dtype, numel in plan.grad_numel.items():
-            expected[f"grads_task[{dtype}]"] = (self.grads_task.get(dtype), dtype, (numel,))
-            if has_ret:
-                expected[f"grads_ret[{dtype}]"] = (self.grads_ret.get(dtype), dtype, (numel,))
-        # Reading every attribute of every tensor costs more than the launch, so the same tensors pass once.
-        key = (id(plan), *(0 if tensor is None else tensor.data_ptr() for tensor, _, _ in expected.values()))
-        if key in self._checked:
-            return
-        for name, (tensor, dtype, shape) in expected.items():
-            if tensor is None:
-                raise ValueError(f"SurgeryBuffers.{name} is missing (has_ret={has_ret}, amsgrad={amsgrad})")
-            found = (tensor.dtype, tuple(tensor.shape), tensor.device, tensor.is_contiguous())
-            needed = (dtype, shape, plan.device if plan.device.index is not None else tensor.device, True)
-            if found != needed or tensor.device.type != plan.device.type:
-                raise ValueError(
-                    f"SurgeryBuffers.{name}: found {found[0]} {found[1]} on {found[2]}, contiguous={found[3]}; "
-                    f"needed {dtype} {shape} on {plan.device}, contiguous"
-                )
-            if tensor.data_ptr() % 16:
-                raise ValueError(
-                    f"SurgeryBuffers.{name} lies at address {tensor.data_ptr():#x}: needs a multiple of 16; "
-                    "allocate it whole instead of slicing a larger tensor"
-                )
-        self._checked.add(key)
-
-
-# --------------------------------------------------------------------------------------------------------------
 # Launchers
 # --------------------------------------------------------------------------------------------------------------
 
@@ -1179,7 +781,7 @@ def kernel_constants(
         "HAS_F32": torch.float32 in plan.dtypes,
         "HAS_BF16": torch.bfloat16 in plan.dtypes,
         "HAS_F16": torch.float16 in plan.dtypes,
-        "HAS_TAILS": bool(plan._tail_order),
+        "HAS_TAILS": bool(plan.tail_order),
         "MERGE": MERGE_MODES[merge],
         "PROJECT": project,
         "SCHEDULE": SCHEDULES[schedule],
@@ -1188,11 +790,10 @@ def kernel_constants(
         "SOFT_CAST": soft_cast,
         "BLOCK": config.block,
         "REDUCE_BLOCK": config.reduce_block,
-        "REDUCE_UNROLL": config.reduce_unroll,
         "VEC_32BIT": config.vec_32bit,
         "VEC_16BIT": config.vec_16bit,
         "SEG_BLOCK": threads,
-        "TAIL_ROWS": threads // _ALIGN,
+        "TAIL_ROWS": threads // ALIGN,
     }
 
 
@@ -1204,38 +805,52 @@ def _kernel_arguments(plan: SurgeryPlan, buffers: SurgeryBuffers, n_partials: in
     counts: list[int] = []
     for numel in (
         [plan.grad_numel.get(dtype, 0) // plan.config.reduce_block for dtype in SUPPORTED_DTYPES],
-        [plan._tiles[dtype] for dtype in SUPPORTED_DTYPES],
-        [len(plan._tail_segments[dtype]) for dtype in SUPPORTED_DTYPES],
+        [plan.tiles[dtype] for dtype in SUPPORTED_DTYPES],
+        [len(plan.tail_segments[dtype]) for dtype in SUPPORTED_DTYPES],
     ):
         counts.extend(numel)
     return [
         *task, *ret, buffers.m, buffers.v, vmax, buffers.steps, buffers.step_in, buffers.dual, buffers.settings,
-        buffers.partials, buffers.metrics, plan._table, plan._tile_seg, plan._tails, plan._groups, plan._hyper,
-        plan._dual_in, plan._barrier, *counts, plan.n_segments, n_partials,
+        buffers.partials, buffers.metrics, plan.table, plan.tile_seg, plan.tails, plan.group_table, plan.hyper,
+        plan.dual_in, plan.barrier, *counts, plan.n_segments, n_partials,
     ]  # fmt: skip
 
 
-def _resident_programs(plan: SurgeryPlan, arguments: list[Any], constants: dict[str, Any], cooperative: bool) -> int:
-    """Programs of this variant that the device holds at once: the largest grid whose barrier can be met."""
+def launch_options(config: LaunchConfig, phase: int, max_registers: int | None) -> dict[str, Any]:
+    """Return the compiler's options for one variant."""
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": 1,  # Triton's software pipelining of the update loop takes its stores apart
+        "launch_cooperative_grid": phase == 0,  # turns a grid too large for the barrier into an error, not a hang
+        "maxnreg": max_registers,
+    }
+
+
+def _fit(plan: SurgeryPlan, arguments: list[Any], constants: dict[str, Any]) -> tuple[int, int | None]:
+    """Compile a variant; return the programs that the device holds at once, and the register ceiling to launch with.
+
+    The ceiling is the configuration's, unless this variant would spill under it.
+    """
     key = tuple(constants.items())
-    if key not in plan._resident:
+    if key not in plan.resident:
         config = plan.config
-        kernel = _surgery_adamw_kernel.warmup(
-            *arguments, **constants, grid=(1,), num_warps=config.num_warps, num_stages=1,
-            launch_cooperative_grid=cooperative,
-        )  # fmt: skip
-        kernel._init_handles()
+        for ceiling in (config.max_registers, None):
+            options = launch_options(config, constants["PHASE"], ceiling)
+            kernel = _surgery_adamw_kernel.warmup(*arguments, **constants, **options, grid=(1,))
+            kernel._init_handles()
+            if kernel.n_spills == 0:
+                break
         properties = torch.cuda.get_device_properties(plan.device)
         # Registers are given to a warp in units of 256, shared memory to a program with 1 KiB of the system's own.
-        registers = _round_up(kernel.n_regs * 32, 256) * config.num_warps
+        registers = round_up(kernel.n_regs * 32, 256) * config.num_warps
         per_sm = min(
             properties.regs_per_multiprocessor // registers,
             properties.max_threads_per_multi_processor // (32 * config.num_warps),
             properties.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024),
             config.max_programs_per_sm,
         )
-        plan._resident[key] = min(max(per_sm, 1) * properties.multi_processor_count, MAX_GRID)
-    return plan._resident[key]
+        plan.resident[key] = min(max(per_sm, 1) * properties.multi_processor_count, MAX_GRID), ceiling
+    return plan.resident[key]
 
 
 def _launch(
@@ -1275,8 +890,8 @@ def _launch(
         _surgery_adamw_kernel[(programs,)](*arguments, **constants)
         return programs
     with torch.cuda.device(plan.device):
-        resident = _resident_programs(plan, arguments, constants, cooperative=phase == 0)
-        tiles = sum(plan._tiles.values())
+        resident, ceiling = _fit(plan, arguments, constants)
+        tiles = sum(plan.tiles.values())
         reduce_tiles = sum(plan.grad_numel.values()) // plan.config.reduce_block
         programs = min(resident, max(tiles, reduce_tiles, 1)) if grid is None else grid
         if programs > MAX_GRID or (phase == 0 and programs > resident):
@@ -1285,10 +900,8 @@ def _launch(
             )
         if phase == 0:
             arguments[-1] = programs
-        _surgery_adamw_kernel[(programs,)](
-            *arguments, **constants, num_warps=plan.config.num_warps, num_stages=1,
-            launch_cooperative_grid=phase == 0,
-        )  # fmt: skip
+        options = launch_options(plan.config, phase, ceiling)
+        _surgery_adamw_kernel[(programs,)](*arguments, **constants, **options)
     return programs
 
 
@@ -1445,8 +1058,8 @@ def reference_step(
     if has_ret and finite:
         if tt > 0.0 and rr > 0.0:
             cos = max(-1.0, min(1.0, tr / (math.sqrt(tt) * math.sqrt(rr))))
-        conflict = project and cos < threshold
-        projection = tr / rr if conflict and rr > 0.0 else 0.0
+        conflict = project and cos < threshold and rr > 0.0
+        projection = tr / rr if conflict else 0.0
         if merge == "weighted":
             a, b = 1.0, lam - projection
         elif merge == "equal":
@@ -1494,7 +1107,7 @@ def reference_step(
     shown = retention_loss if measured else math.nan
     dot, cosine, norm_sq_r = (tr, cos, rr) if has_ret else (math.nan,) * 3
     report = [
-        dot, cosine, float(conflict), norm, lam, lam_after, epsilon, shown, skipped, skipped_total, a, b, clip_scale, tt,
-        norm_sq_r, t,
+        dot, cosine, float(conflict), norm, lam, lam_after, epsilon, shown, skipped, skipped_total, a, b, clip_scale,
+        tt, norm_sq_r, t,
     ]  # fmt: skip
     buffers.metrics.copy_(torch.tensor(report, dtype=torch.float64))
