@@ -45,7 +45,8 @@ def test_step_matches_the_oracle(case, mode):
         oracle = surgery_oracle(t, r, 1.7, config, 1.0)
         metrics = opt.metrics()
         assert metrics.conflict.item() == oracle.conflict
-        assert metrics.dot.item() == pytest.approx(oracle.dot, rel=1e-12, abs=1e-12 * st * sr)
+        # Partial dots are fp32 where that decides: 3e-7 of the norms (measured at 2**18 elements), here far fewer.
+        assert abs(metrics.dot.item() - oracle.dot) <= 1e-6 * float(t.norm()) * float(r.norm())
         vector = opt._layouts[0].buffers.metrics
         assert_coefficients(vector[10], vector[11], metrics.grad_norm, oracle, float(t.norm()), float(r.norm()))
         zero = torch.zeros_like(before)
@@ -234,8 +235,31 @@ def test_several_dtypes_in_one_model():
     opt.step()
     oracle = surgery_oracle(flat64(task), flat64(ret), 1.0, CraftConfig(), None)
     assert opt.metrics().conflict.item()
-    assert opt.metrics().dot.item() == pytest.approx(oracle.dot, rel=1e-12)
+    assert opt.metrics().dot.item() == pytest.approx(oracle.dot, rel=1e-6)
     for p, old in zip(params, before, strict=True):
         assert p.dtype == old.dtype
         assert not torch.equal(p, old)
         assert opt.state[p]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("angle", [1e-4, 1e-2, 0.05, 0.2, 1.0, 2.0, 3.0, 3.1, 3.1414])
+@pytest.mark.parametrize("threshold", [-0.1, 0.0, -0.999])
+def test_coefficients_and_norm_hold_at_every_angle_of_a_larger_gradient(angle, threshold):
+    """The quick fp32 reduction must hand over to fp64 wherever it would not meet the bounds."""
+    gen = torch.Generator().manual_seed(0)
+    t = torch.randn(400_000, generator=gen, dtype=torch.float64)
+    perp = torch.randn(400_000, generator=gen, dtype=torch.float64)
+    perp -= (perp @ t) / (t @ t) * t
+    r = (math.cos(angle) * t + math.sin(angle) * perp * t.norm() / perp.norm()).float()
+    t = t.float()
+    for lam in (0.0, 1.0):
+        p = torch.nn.Parameter(torch.zeros(400_000))
+        config = CraftConfig(conflict_threshold=threshold, initial_lambda=lam)
+        opt = CraftOptimizer([p], config=config, backend="torch")
+        give(opt, [p], [t], [r])
+        opt.step()
+        t64, r64 = t.double(), r.double()
+        oracle = surgery_oracle(t64, r64, lam, config, 1.0)
+        vector = opt._layouts[0].buffers.metrics
+        assert opt.metrics().conflict.item() == oracle.conflict
+        assert_coefficients(vector[10], vector[11], vector[3], oracle, float(t64.norm()), float(r64.norm()))
