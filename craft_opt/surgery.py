@@ -126,7 +126,8 @@ def coefficients(
 
     # sqrt(tt) * sqrt(rr), never sqrt(tt * rr): the product overflows or underflows long before its root does.
     norms = tt.clamp(min=0).sqrt() * rr.clamp(min=0).sqrt()
-    cos = torch.where(norms > 0, tr / torch.where(norms > 0, norms, one), zero)
+    # Rounding may push parallel gradients past 1; a threshold of -1 must never fire.
+    cos = torch.where(norms > 0, tr / torch.where(norms > 0, norms, one), zero).clamp(-1.0, 1.0)
     conflict = (
         cos < config.conflict_threshold if config.use_grad_projection else torch.zeros_like(cos, dtype=torch.bool)
     )

@@ -104,7 +104,10 @@ class TorchBackend:
         if has_ret:
             finite = finite & captured.isfinite()
 
-        self._adamw(layout, groups, coef.b / coef.a, coef.a * coef.clip / grad_scale, finite, has_ret)
+        # A ratio beyond fp32 (a retention gradient of denormals) would turn 0 * inf into NaN.
+        ratio = coef.b / coef.a
+        finite = finite & (ratio.abs() <= torch.finfo(torch.float32).max)
+        self._adamw(layout, groups, ratio, coef.a * coef.clip / grad_scale, finite, has_ret)
 
         lam_after = torch.where(finite & (measured > 0), update_lambda(lam, captured, epsilon, config), lam)
         buffers.dual.copy_(torch.stack((lam_after, clock + finite, skipped + ~finite)))

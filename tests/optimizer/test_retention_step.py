@@ -263,3 +263,12 @@ def test_coefficients_and_norm_hold_at_every_angle_of_a_larger_gradient(angle, t
         vector = opt._layouts[0].buffers.metrics
         assert opt.metrics().conflict.item() == oracle.conflict
         assert_coefficients(vector[10], vector[11], vector[3], oracle, float(t64.norm()), float(r64.norm()))
+
+
+def test_a_coefficient_beyond_fp32_skips_the_step():
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = CraftOptimizer([p], config=CraftConfig(initial_lambda=0.0), max_grad_norm=None, backend="torch")
+    give(opt, [p], [torch.tensor([1e8, 1e8])], [torch.tensor([-1e-44, 0.0])])
+    opt.step()
+    assert opt.metrics().skipped.item()
+    assert torch.equal(p.detach(), torch.ones(2))

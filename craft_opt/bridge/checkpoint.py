@@ -1,0 +1,210 @@
+"""Checkpoints: LeRobot's, plus what CRaFT needs to go on exactly, written so that half of one is never taken for whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.common.train_utils import get_step_checkpoint_dir, load_training_state, save_checkpoint
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK, TRAINING_STATE_DIR
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from craft_opt import CraftOptimizer
+from craft_opt.bridge.anchor_cache import sync_folder
+from craft_opt.bridge.config import CraftTrainConfig
+
+CRAFT_STATE_FILE = "craft_state.safetensors"
+_FORMAT = "craft-state-1"
+_DUAL_NAMES = ("lam", "t", "skipped")
+
+
+@dataclass(frozen=True)
+class CraftState:
+    """What LeRobot's files have no place for.
+
+    Attributes:
+        lam: λ.
+        t: Completed steps, ε's clock.
+        skipped: Skipped steps.
+        anchor_position: Anchors drawn so far.
+        cache_digest: Digest of the anchor cache's manifest, empty without retention.
+        normalization_stats: ``teacher`` or ``dataset``.
+    """
+
+    lam: float
+    t: int
+    skipped: int
+    anchor_position: int
+    cache_digest: str
+    normalization_stats: str
+
+    def write(self, file: Path) -> None:
+        """Write it as safetensors."""
+        tensors = {
+            "lam": torch.tensor(self.lam, dtype=torch.float64),
+            "t": torch.tensor(self.t, dtype=torch.int64),
+            "skipped": torch.tensor(self.skipped, dtype=torch.int64),
+            "anchor_position": torch.tensor(self.anchor_position, dtype=torch.int64),
+        }
+        described = {"cache_digest": self.cache_digest, "normalization_stats": self.normalization_stats}
+        save_file(tensors, file, metadata={"format": _FORMAT, **described})
+
+    @classmethod
+    def read(cls, file: Path) -> CraftState:
+        """Read it.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            ValueError: It is damaged or of another format.
+        """
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing, so λ, ε's clock and the order of anchors are lost: this is no checkpoint of "
+                f"CRaFT's train.py, or not a whole one; resume from another, or start a fresh run from its weights with "
+                f"--policy.path=<checkpoint>/pretrained_model"
+            )
+        try:
+            with safe_open(file, framework="pt") as content:
+                metadata = content.metadata() or {}
+                values = {name: content.get_tensor(name).item() for name in content.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); resume from another checkpoint") from error
+        if metadata.pop("format", None) != _FORMAT:
+            raise ValueError(f"{file} has another format than {_FORMAT}; resume with the version that wrote it")
+        return cls(**values, **metadata)
+
+
+def save(
+    cfg: CraftTrainConfig,
+    step: int,
+    policy: nn.Module,
+    optimizer: CraftOptimizer,
+    scheduler: LRScheduler | None,
+    processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline],
+    *,
+    anchor_position: int,
+    cache_digest: str,
+) -> Path:
+    """Write ``checkpoints/<step>`` under a temporary name, rename it, and let ``checkpoints/last`` point to it.
+
+    Returns:
+        The folder.
+    """
+    assert cfg.output_dir is not None
+    target = get_step_checkpoint_dir(cfg.output_dir, cfg.steps, step)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_checkpoint(
+        checkpoint_dir=partial,
+        step=step,
+        cfg=cfg,
+        policy=policy,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        preprocessor=processors[0],
+        postprocessor=processors[1],
+        num_processes=1,
+        batch_size=cfg.batch_size,
+    )
+    dual = _dual_of(optimizer)
+    state = CraftState(
+        lam=float(dual["lam"]),
+        t=int(dual["t"]),
+        skipped=int(dual["skipped"]),
+        anchor_position=anchor_position,
+        cache_digest=cache_digest,
+        normalization_stats=cfg.normalization_stats,
+    )
+    state.write(partial / TRAINING_STATE_DIR / CRAFT_STATE_FILE)
+    _sync_tree(partial)
+    replaced = target.with_name(target.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    _point_last_to(target)
+    return target
+
+
+def restore(
+    cfg: CraftTrainConfig, optimizer: CraftOptimizer, scheduler: LRScheduler | None, cache_digest: str
+) -> tuple[int, int]:
+    """Load optimizer, scheduler and RNG states from ``cfg.checkpoint_path``.
+
+    Called last before the loop: it sets the global generators, and nothing may draw from them in between.
+
+    Returns:
+        Steps done and anchors drawn.
+
+    Raises:
+        FileNotFoundError: CRaFT's state is missing.
+        ValueError: The states contradict each other, or the run's cache is another one.
+    """
+    folder = cfg.checkpoint_path
+    assert folder is not None
+    if folder.name.endswith((".partial", ".replaced")):
+        raise ValueError(f"{folder} is an unfinished checkpoint; resume from {folder.parent / LAST_CHECKPOINT_LINK}")
+    state = CraftState.read(folder / TRAINING_STATE_DIR / CRAFT_STATE_FILE)
+    if state.cache_digest != cache_digest:
+        raise ValueError(
+            f"{folder} was trained with anchor cache {state.cache_digest[:16] or 'none'}, and craft.anchor_cache_dir="
+            f"{cfg.craft.anchor_cache_dir!r} is {cache_digest[:16] or 'none'}; resume with the same cache and "
+            f"retention mode"
+        )
+    if state.normalization_stats != cfg.normalization_stats:
+        raise ValueError(
+            f"{folder} was trained with --normalization_stats={state.normalization_stats}, got "
+            f"{cfg.normalization_stats}; resume with the same choice"
+        )
+    step, _, _ = load_training_state(folder, optimizer, scheduler)
+    dual = _dual_of(optimizer)
+    found = {name: float(dual[name]) for name in _DUAL_NAMES}
+    expected = {name: float(getattr(state, name)) for name in _DUAL_NAMES}
+    if found != expected or step != state.t + state.skipped:
+        raise ValueError(
+            f"{folder}: {CRAFT_STATE_FILE} says {expected} and the optimizer's state {found} at step {step}; the files "
+            f"are of different checkpoints, resume from another"
+        )
+    return step, state.anchor_position
+
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run, None without one."""
+    folder = Path(output_dir) / CHECKPOINTS_DIR
+    if not folder.is_dir():
+        return None
+    whole = [path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()]
+    return max(whole, key=lambda path: int(path.name), default=None)
+
+
+def _dual_of(optimizer: CraftOptimizer) -> dict[str, Tensor]:
+    states: dict[Any, dict[str, Any]] = optimizer.state_dict()["state"]
+    return next((state["craft_dual"] for state in states.values() if "craft_dual" in state), {})
+
+
+def _point_last_to(target: Path) -> None:
+    # LeRobot's update_last_checkpoint unlinks before it links: a kill in between would leave no "last".
+    link = target.parent / LAST_CHECKPOINT_LINK
+    temporary = link.with_name(link.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(link)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        sync_folder(path)

@@ -1,0 +1,235 @@
+"""The training configuration: LeRobot's, with CRaFT's settings, optimizer and choice of statistics added."""
+
+# No `from __future__ import annotations`: draccus reads the annotations of these dataclasses at run time.
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lerobot.configs import parser
+from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
+from lerobot.optim import OptimizerConfig
+from lerobot.utils.constants import PRETRAINED_MODEL_DIR
+
+from craft_opt import CraftConfig, CraftOptimizer
+
+logger = logging.getLogger(__name__)
+
+NORMALIZATION_CHOICES = ("teacher", "dataset")
+DRY_RUN_STEPS = 3
+
+
+@OptimizerConfig.register_subclass("craft_adamw")
+@dataclass
+class CraftAdamWConfig(OptimizerConfig):
+    """``--optimizer.type=craft_adamw``: AdamW with the clip and the gradient surgery inside ``step()``.
+
+    Attributes:
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator of the update.
+        weight_decay: Decoupled weight decay.
+        grad_clip_norm: Largest global norm of the merged gradient; 0 or less switches the clip off.
+        backend: ``auto``, ``triton`` or ``torch``.
+    """
+
+    lr: float = 2.5e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    grad_clip_norm: float = 1.0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        # Plain attributes, not fields: they belong to the run (which sets them before build) and are saved with
+        # it, so that a train_config.json cannot hold two versions of them.
+        self._craft = CraftConfig()
+        self._total_steps: int | None = None
+
+    def bind(self, craft: CraftConfig, total_steps: int) -> None:
+        """Hand over what LeRobot's ``build(params)`` has no room for."""
+        self._craft, self._total_steps = craft, total_steps
+
+    def build(self, params: Iterable[Any] | dict[str, Any]) -> CraftOptimizer:
+        """Build the optimizer for the parameters that the policy names."""
+        if isinstance(params, dict):
+            raise ValueError(
+                "this policy hands its optimizer parameters by name; CRaFT's optimizer takes a list of parameters or of "
+                "parameter groups (pi0_fast gives the former)"
+            )
+        return CraftOptimizer(
+            params,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.grad_clip_norm if self.grad_clip_norm > 0 else None,
+            config=self._craft,
+            backend=self.backend,
+            total_steps=self._total_steps,
+        )
+
+
+@dataclass
+class CraftTrainConfig(TrainPipelineConfig):
+    """LeRobot's training configuration and what CRaFT adds to it.
+
+    Attributes:
+        craft: Settings of the method.
+        normalization_stats: ``teacher`` keeps the statistics that the starting policy was trained with; ``dataset``
+            takes the new dataset's, as LeRobot does, and needs an anchor cache built with them.
+        anchor_layers: Decoder layers that the cache must hold, -1 being the last; None takes the cache's.
+        anchor_pooling: Pooling that the cache must have; None takes the cache's.
+        dry_run: Three steps, no checkpoint.
+    """
+
+    craft: CraftConfig = field(default_factory=CraftConfig)
+    normalization_stats: str = "teacher"
+    anchor_layers: list[int] | None = None
+    anchor_pooling: str | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        # The arguments that this configuration was parsed from. LeRobot's validate() reads them again from sys.argv
+        # (the only place where --policy.path is to be found), which would be wrong for a run started by a program.
+        self._arguments: list[str] = []
+
+    def validate(self) -> None:
+        """Resolve the policy and the optimizer, and refuse what this trainer cannot do.
+
+        Raises:
+            ValueError: A setting is out of range or contradicts another.
+            FileExistsError: The output folder exists and this is no resumed run.
+        """
+        if self.is_reward_model_training:
+            raise ValueError("CRaFT trains policies, and --reward_model was given; use LeRobot's lerobot-train for it")
+        if self.job.is_remote:
+            raise ValueError(f"--job.target={self.job.target} is not supported: CRaFT trains on this machine only")
+        if self.sample_weighting is not None:
+            raise ValueError("--sample_weighting is not supported: pi0_fast gives no loss per sample to weight")
+        if self.normalization_stats not in NORMALIZATION_CHOICES:
+            raise ValueError(
+                f"normalization_stats must be one of {', '.join(NORMALIZATION_CHOICES)}, "
+                f"got {self.normalization_stats!r}"
+            )
+        if self.dry_run:
+            self._become_dry_run()
+        for name, lowest in (("steps", 1), ("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+        chosen = self.optimizer
+        with arguments(self._arguments):
+            super().validate()
+            given = parser.get_cli_overrides("optimizer") or []
+        self.optimizer = self._craft_optimizer(chosen, [name.lstrip("-").split("=")[0] for name in given])
+        self.optimizer.bind(self.craft, self.steps)
+
+    def _become_dry_run(self) -> None:
+        self.steps, self.log_freq = DRY_RUN_STEPS, 1
+        self.save_checkpoint = self.save_checkpoint_to_hub = False
+        self.env_eval_freq = self.eval_steps = 0
+
+    def _craft_optimizer(self, chosen: OptimizerConfig | None, given: Sequence[str]) -> CraftAdamWConfig:
+        """LeRobot's preset (or the chosen optimizer) as CRaFT's, with every --optimizer flag on top of the preset."""
+        resolved = self.optimizer
+        if isinstance(resolved, CraftAdamWConfig):
+            return resolved
+        if resolved is None or resolved.type != "adamw":
+            found = "none" if resolved is None else resolved.type
+            raise ValueError(
+                f"CRaFT's optimizer is AdamW, and this run asks for {found!r}; "
+                f"pass --optimizer.type=craft_adamw --use_policy_training_preset=false and a --scheduler.type"
+            )
+        names = ("lr", "betas", "eps", "weight_decay", "grad_clip_norm")
+        result = CraftAdamWConfig(**{name: getattr(resolved, name) for name in names})
+        if self.use_policy_training_preset and not self.resume and chosen is not None:
+            if chosen.type not in ("craft_adamw", "adamw", OptimizerConfig.default_choice_name()):
+                raise ValueError(f"CRaFT's optimizer is AdamW, got --optimizer.type={chosen.type}")
+            # LeRobot would drop these flags for the policy's preset without a word.
+            changes = {name: getattr(chosen, name) for name in given if name != "type" and hasattr(chosen, name)}
+            result = replace(result, **changes)
+        return result
+
+
+@parser.wrap()
+def _parsed(cfg: CraftTrainConfig) -> CraftTrainConfig:
+    return cfg
+
+
+@contextmanager
+def arguments(args: Sequence[str]) -> Iterator[None]:
+    """Let LeRobot's parser, which reads ``sys.argv``, see these arguments."""
+    before = sys.argv
+    sys.argv = [before[0] if before else "train.py", *args]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def parse_config(args: Sequence[str]) -> CraftTrainConfig:
+    """Parse LeRobot-style arguments (``--name=value``) into a configuration, not validated yet.
+
+    Raises:
+        SystemExit: LeRobot's parser refused them and said why.
+    """
+    with arguments(args):
+        cfg: CraftTrainConfig = _parsed()
+    cfg._arguments = list(args)
+    return cfg
+
+
+def fine_tune_config(
+    policy_path: str | Path,
+    repo_id: str,
+    root: str | Path | None,
+    output_dir: str | Path,
+    *,
+    craft: CraftConfig,
+    device: str | None = None,
+    policy_overrides: Sequence[str] = (),
+    **settings: Any,
+) -> CraftTrainConfig:
+    """Configuration of a fine-tuning run started by a program, the same as the command line would give.
+
+    Args:
+        policy_path: The starting policy, which is the teacher.
+        repo_id: Name of the new skill's dataset.
+        root: Its folder, or None for LeRobot's cache.
+        output_dir: Where the run writes; must not exist.
+        craft: Settings of the method.
+        device: ``cpu``, ``cuda`` or None for LeRobot's choice.
+        policy_overrides: Flags of the policy without the prefix, such as ``--optimizer_lr=1e-3``.
+        **settings: Fields of :class:`CraftTrainConfig`, such as ``steps`` or ``batch_size``.
+
+    Returns:
+        The configuration; ``train()`` validates it.
+    """
+    args = [f"--policy.path={policy_path}", "--policy.push_to_hub=false", f"--dataset.repo_id={repo_id}"]
+    if root is not None:
+        args.append(f"--dataset.root={root}")
+    if device is not None:
+        args.append(f"--policy.device={device}")
+    args += [f"--policy.{flag.removeprefix('--')}" for flag in policy_overrides]
+    cfg = parse_config(args)
+    cfg.craft, cfg.output_dir = craft, Path(output_dir)
+    for name, value in settings.items():
+        if not hasattr(cfg, name):
+            raise ValueError(f"CraftTrainConfig has no field {name!r}")
+        setattr(cfg, name, value)
+    return cfg
+
+
+def resume_config(checkpoint: str | Path) -> CraftTrainConfig:
+    """Configuration that goes on from a checkpoint folder, as ``--resume=true --config_path=...`` would.
+
+    Raises:
+        FileNotFoundError: The folder holds no training configuration.
+    """
+    config_file = Path(checkpoint) / PRETRAINED_MODEL_DIR / TRAIN_CONFIG_NAME
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{config_file} does not exist, so {checkpoint} is no checkpoint of a training run")
+    return parse_config([f"--config_path={config_file}", "--resume=true"])

@@ -1,0 +1,248 @@
+"""Hidden features of pi0_fast: prefix and action-token positions, under teacher forcing, at chosen layers.
+
+The sequence is LeRobot's own, made by the functions that its token loss uses: [images, prompt, action tokens], images
+and prompt seeing each other, action tokens seeing them and the action tokens before. Hidden state k is what decoder
+layer k (counted from 1) gives; the last layer's is taken after the final norm, as the token loss reads it. The forward
+stops at the deepest layer that is asked for: what is deeper cannot change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
+from lerobot.utils.constants import (
+    ACTION_TOKEN_MASK,
+    ACTION_TOKENS,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+)
+from torch import Tensor, nn
+
+from craft_opt.retention import POOLINGS, feature_loss, pool_features
+
+# Two layers at the positions that predict the action tokens: PLATFORM.md's pilot kept .97 of the old skills with them
+# and .17 with pooled image tokens.
+DEFAULT_LAYERS = (-2, -1)
+DEFAULT_POOLING = "action_tokens"
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Which hidden states are anchored.
+
+    Attributes:
+        layers: Ascending decoder layers, 1 to depth; depth is the last, after the final norm.
+        pooling: One of :data:`craft_opt.retention.POOLINGS`.
+    """
+
+    layers: tuple[int, ...]
+    pooling: str
+
+    @classmethod
+    def resolve(cls, layers: Sequence[int], pooling: str, depth: int) -> FeatureSpec:
+        """Turn layers counted from either end (-1 is the last) into absolute ones.
+
+        Raises:
+            ValueError: A layer is outside the model, named twice, or the pooling is unknown.
+        """
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        absolute = [depth + 1 + layer if layer < 0 else layer for layer in layers]
+        if not absolute or any(not 1 <= layer <= depth for layer in absolute):
+            raise ValueError(
+                f"layers must lie in 1..{depth} (or -{depth}..-1, counted from the last), got {list(layers)}"
+            )
+        if len(set(absolute)) != len(absolute):
+            raise ValueError(f"layers name one layer twice: {list(layers)}")
+        return cls(tuple(sorted(absolute)), pooling)
+
+    @property
+    def needs_actions(self) -> bool:
+        """Whether the action tokens must be in the sequence; prefix positions never see them."""
+        return self.pooling in ("action_tokens", "none")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a batch.
+
+    Attributes:
+        by_layer: Layer → (batch, features), or (batch, positions, features) for ``action_tokens`` and ``none``.
+        mask: (batch,) or (batch, positions); True where a feature counts.
+    """
+
+    by_layer: dict[int, Float[Tensor, "batch *positions features"]]
+    mask: Bool[Tensor, "batch *positions"]
+
+
+def pi0_fast_of(policy: nn.Module) -> PI0FastPolicy:
+    """The pi0_fast policy itself, out of a PEFT wrapper if there is one.
+
+    Raises:
+        ValueError: The policy is of another kind.
+    """
+    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    if not isinstance(base, PI0FastPolicy):
+        found = getattr(getattr(base, "config", None), "type", type(base).__name__)
+        raise ValueError(
+            f"hidden retention is built for pi0_fast policies, and this one is {found!r}; "
+            f"train it with --retention-mode none, or take a pi0_fast policy"
+        )
+    return base
+
+
+def language_model_of(policy: nn.Module) -> Any:
+    """The decoder whose layers are counted."""
+    return pi0_fast_of(policy).model.paligemma_with_expert.paligemma.model.language_model
+
+
+def depth_of(policy: nn.Module) -> int:
+    """Number of decoder layers."""
+    return len(language_model_of(policy).layers)
+
+
+def predicting_positions(action_mask: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+    """Positions of the action segment whose hidden state predicts a token of the loss.
+
+    The token loss shifts by one: the state at token i predicts token i+1. So the start token counts, and the last
+    token, whose state nothing reads, does not.
+    """
+    return torch.cat([action_mask[:, 1:], torch.zeros_like(action_mask[:, :1])], dim=1)
+
+
+def hidden_features(policy: nn.Module, batch: Mapping[str, Any], spec: FeatureSpec) -> Features:
+    """Compute the features of a processed batch, with gradients where they are switched on.
+
+    Args:
+        policy: A pi0_fast policy, in PEFT or not.
+        batch: What the policy's preprocessor gives; with action token ids where the pooling needs them.
+        spec: Layers and pooling.
+
+    Returns:
+        Features in the dtype that the model computes in.
+    """
+    base = pi0_fast_of(policy)
+    core = base.model
+    # LeRobot's own image path (resizing, range, masks of absent cameras): shared with the token loss, not repeated.
+    images, image_masks = base._preprocess_images(dict(batch))
+    tokens = batch[ACTION_TOKENS] if spec.needs_actions else None
+    token_mask = batch[ACTION_TOKEN_MASK] if spec.needs_actions else None
+    embeddings, valid, attention, n_image, n_action = core.embed_prefix_fast(
+        images,
+        image_masks,
+        batch[OBS_LANGUAGE_TOKENS],
+        batch[OBS_LANGUAGE_ATTENTION_MASK],
+        fast_action_tokens=tokens,
+        fast_action_masks=token_mask,
+    )
+    language = language_model_of(policy)
+    compute_dtype = language.layers[0].self_attn.q_proj.weight.dtype
+    if compute_dtype == torch.bfloat16:
+        embeddings = embeddings.to(compute_dtype)
+    with _collected(language, spec.layers) as hidden:
+        (last, _), _ = core.paligemma_with_expert.forward(
+            attention_mask=prepare_attention_masks_4d(attention, dtype=embeddings.dtype),
+            position_ids=torch.cumsum(valid, dim=1) - 1,
+            past_key_values=None,
+            inputs_embeds=[embeddings, None],
+            use_cache=False,
+            adarms_cond=[None, None],
+        )
+    if len(language.layers) in spec.layers:
+        hidden[len(language.layers)] = last
+    return _pooled(hidden, valid, n_image, n_action, spec.pooling)
+
+
+def retention_loss(
+    student: Features,
+    teacher: Features,
+    kind: str,
+    teacher_variance: Mapping[int, float],
+) -> Float[Tensor, ""]:
+    """Mean over the layers of the distance between student and teacher, fp32."""
+    losses = [
+        feature_loss(features, teacher.by_layer[layer], teacher.mask, kind=kind, teacher_var=teacher_variance[layer])
+        for layer, features in student.by_layer.items()
+    ]
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def generated_tokens(
+    policy: nn.Module, batch: Mapping[str, Any]
+) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
+    """The teacher's own action tokens, framed as the preprocessor frames the demonstrated ones.
+
+    Returns:
+        Ids of ``max_action_tokens`` positions, the start token first and 0 after the end marker, and their mask.
+    """
+    base = pi0_fast_of(policy)
+    tokenizer = base._paligemma_tokenizer
+    images, image_masks = base._preprocess_images(dict(batch))
+    length = base.config.max_action_tokens
+    generated = base.model.sample_actions_fast_kv_cache(
+        images,
+        image_masks,
+        batch[OBS_LANGUAGE_TOKENS],
+        batch[OBS_LANGUAGE_ATTENTION_MASK],
+        max_decoding_steps=length - 1,
+        temperature=0.0,
+    )
+    start = torch.full_like(generated[:, :1], tokenizer.bos_token_id)
+    ids = torch.cat([start, generated], dim=1)
+    is_end = ids == tokenizer.convert_tokens_to_ids("|")
+    mask = torch.cumsum(is_end, dim=1) - is_end.long() == 0
+    return ids * mask, mask
+
+
+@contextmanager
+def _collected(language: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Run the decoder only as deep as the layers ask, and collect what they give (the last one aside).
+
+    Hooks, not ``output_hidden_states``: that would give the deepest layer after the final norm only.
+    """
+    depth = len(language.layers)
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            found[layer] = output
+
+        return hook
+
+    handles = [language.layers[k - 1].register_forward_hook(keep(k)) for k in layers if k < depth]
+    before = language.config.num_hidden_layers
+    language.config.num_hidden_layers = max(layers)
+    try:
+        yield found
+    finally:
+        language.config.num_hidden_layers = before
+        for handle in handles:
+            handle.remove()
+
+
+def _pooled(hidden: dict[int, Tensor], valid: Tensor, n_image: int, n_action: int, pooling: str) -> Features:
+    image_mask = torch.zeros_like(valid)
+    image_mask[:, :n_image] = True
+    action_mask = torch.zeros_like(valid)
+    if n_action:
+        action_mask[:, -n_action:] = predicting_positions(valid[:, -n_action:])
+    start = valid.shape[1] - n_action if pooling == "action_tokens" else 0
+    by_layer: dict[int, Tensor] = {}
+    mask = valid
+    for layer in sorted(hidden):
+        by_layer[layer], mask = pool_features(
+            hidden[layer][:, start:],
+            pooling,
+            valid[:, start:],
+            image_mask=image_mask[:, start:],
+            action_mask=action_mask[:, start:],
+        )
+    return Features(by_layer, mask)

@@ -1,0 +1,514 @@
+"""The training loop: config → policy → preprocessor → anchor cache → steps, from LeRobot's public pieces."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.common.train_utils import (
+    get_step_identifier,
+    load_training_batch_size,
+    push_checkpoint_to_hub,
+    should_save_checkpoint,
+)
+from lerobot.common.wandb_utils import WandBLogger
+from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset, compute_sampler_state
+from lerobot.datasets.factory import make_train_eval_datasets
+from lerobot.optim.factory import make_optimizer_and_scheduler
+from lerobot.policies import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.collate import lerobot_collate_fn
+from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
+from lerobot.utils.io_utils import load_json
+from lerobot.utils.random_utils import get_rng_state, set_rng_state, set_seed
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from craft_opt.bridge import checkpoint
+from craft_opt.bridge.config import CraftTrainConfig
+from craft_opt.bridge.dataset import InMemoryDataset, in_memory
+from craft_opt.bridge.logs import (
+    METRICS_FILE,
+    MetricsFile,
+    StepRecord,
+    banner_lines,
+    cache_lines,
+    read_steps,
+    say,
+)
+from craft_opt.bridge.policies import check_widths, load_policy, make_processors, precision_context
+from craft_opt.bridge.retention_term import (
+    ExpectedFeatures,
+    HiddenRetention,
+    check_cache_fits,
+    check_drift,
+    open_cache,
+)
+from craft_opt.bridge.step import StepResult, Trained, train_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a run leaves behind.
+
+    Attributes:
+        output_dir: Where it wrote.
+        steps: Steps of the run.
+        checkpoint: The last checkpoint, None if none was asked for.
+        metrics_file: One JSON object a step.
+        skipped_steps: Steps that changed nothing because something was not finite.
+        seconds: Wall time of the steps of this call.
+        last: The last step, None if there was none left to do.
+    """
+
+    output_dir: Path
+    steps: int
+    checkpoint: Path | None
+    metrics_file: Path
+    skipped_steps: int
+    seconds: float
+    last: StepRecord | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was checked and can start.
+
+    Attributes:
+        cfg: Its configuration, validated.
+        parts: Policy, optimizer, scheduler, retention.
+        dataset: The task dataset as LeRobot opened it.
+        eval_dataset: Held-out episodes, if any.
+        preprocessor: Of the policy.
+        postprocessor: Of the policy.
+        start: Steps done before (resume).
+    """
+
+    cfg: CraftTrainConfig
+    parts: Trained
+    dataset: LeRobotDataset
+    eval_dataset: LeRobotDataset | None
+    preprocessor: PolicyProcessorPipeline
+    postprocessor: PolicyProcessorPipeline
+    start: int
+
+    @property
+    def term(self) -> HiddenRetention | None:
+        """The retention term, as what it is."""
+        term = self.parts.term
+        assert term is None or isinstance(term, HiddenRetention)
+        return term
+
+
+def train(
+    cfg: CraftTrainConfig, *, on_step: Callable[[StepRecord], None] | None = None, progress: bool = True
+) -> TrainSummary:
+    """Check everything, then train.
+
+    Args:
+        cfg: The configuration; validated here.
+        on_step: Called with every step's numbers, when they are read (``log_freq``), in order.
+        progress: Whether to show a progress bar where there is a terminal.
+
+    Returns:
+        Where the results are.
+
+    Raises:
+        ValueError: Something does not fit; nothing was trained.
+        FileNotFoundError: A cache, dataset, policy or checkpoint is not there.
+        FileExistsError: The output folder is there already.
+    """
+    return run_steps(prepare(cfg), on_step=on_step, progress=progress)
+
+
+def prepare(cfg: CraftTrainConfig) -> Run:
+    """Build all parts of a run and check that they belong together.
+
+    Raises:
+        ValueError: Something does not fit.
+        FileNotFoundError: A cache, dataset, policy or checkpoint is not there.
+        FileExistsError: The output folder is there already.
+    """
+    _refuse_processes()
+    cfg.validate()
+    _check_retention(cfg)
+    cache = open_cache(cfg.craft) if cfg.craft.enabled else None
+    assert cfg.policy is not None and cfg.output_dir is not None
+    if cfg.resume:
+        _check_resumable(cfg)
+    if cfg.seed is not None:
+        set_seed(cfg.seed)
+    torch.backends.cudnn.deterministic = cfg.cudnn_deterministic
+    torch.backends.cudnn.benchmark = not cfg.cudnn_deterministic
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+    dataset, eval_dataset = _datasets(cfg)
+    policy: PreTrainedPolicy = load_policy(cfg.policy, dataset.meta, cfg.rename_map)
+    stats, whose = _statistics(cfg, dataset)
+    preprocessor, postprocessor = make_processors(cfg.policy, stats=stats, rename_map=cfg.rename_map)
+    check_widths(preprocessor, dataset.meta, cfg.rename_map)
+    if cache is not None:
+        check_cache_fits(
+            cache,
+            policy,
+            preprocessor,
+            cfg.normalization_stats,
+            ExpectedFeatures(cfg.anchor_layers, cfg.anchor_pooling),
+            is_teacher=not cfg.resume,
+        )
+    if cfg.peft is not None and not cfg.policy.use_peft:
+        policy = policy.wrap_with_peft(peft_cli_overrides=asdict(cfg.peft))
+    optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
+    seed = cfg.seed if cfg.seed is not None else 0
+    term = HiddenRetention(cache, preprocessor, cfg.craft, seed) if cache is not None else None
+
+    for line in (*(cache_lines(cache, cfg.craft) if cache is not None else ()), *banner_lines(cfg.craft)):
+        say(line)
+    say(f"Normalisation statistics: {whose}")
+    start = 0
+    if cfg.resume:
+        start, position = checkpoint.restore(cfg, optimizer, scheduler, cache.manifest.digest if cache else "")
+        if term is not None:
+            term.order.position = position
+        say(f"Resumed from {cfg.checkpoint_path} after step {start}")
+    elif term is not None:
+        with precision_context(cfg.policy):
+            drift = check_drift(term, policy, cfg.policy)
+        say(f"Drift before step 0: {drift:.1e}")
+    return Run(
+        cfg=cfg,
+        parts=Trained(policy, optimizer, scheduler, term),
+        dataset=dataset,
+        eval_dataset=eval_dataset,
+        preprocessor=preprocessor,
+        postprocessor=postprocessor,
+        start=start,
+    )
+
+
+def run_steps(
+    run: Run, *, on_step: Callable[[StepRecord], None] | None = None, progress: bool = True
+) -> TrainSummary:
+    """Do the steps of a prepared run.
+
+    Ctrl-C leaves the metrics of all finished steps and every checkpoint that was whole.
+    """
+    cfg, parts = run.cfg, run.parts
+    assert cfg.policy is not None and cfg.output_dir is not None
+    mode = cfg.craft.retention_mode if cfg.craft.enabled else "none"
+    wandb = WandBLogger(cfg) if cfg.wandb.enable and cfg.wandb.project else None
+    journal = _Journal(
+        MetricsFile(cfg.output_dir / METRICS_FILE, run.start), cfg.steps, mode, on_step, wandb
+    )
+    precision = precision_context(cfg.policy)
+    batches = _task_batches(run)
+    saved: Path | None = None
+    say(f"Output directory: {cfg.output_dir}")
+    started = time.perf_counter()
+    bar = tqdm(total=cfg.steps, initial=run.start, desc="Training", unit="step", disable=None if progress else True)
+    try:
+        for step in range(run.start + 1, cfg.steps + 1):
+            fetched = time.perf_counter()
+            batch = run.preprocessor(next(batches))
+            result = train_step(parts, batch, precision, step=step, data_s=time.perf_counter() - fetched)
+            journal.add(result)
+            bar.update(1)
+            is_saving = cfg.save_checkpoint and should_save_checkpoint(step, cfg.save_freq, cfg.steps)
+            if step == cfg.steps or (cfg.log_freq > 0 and step % cfg.log_freq == 0):
+                journal.flush(show=cfg.log_freq > 0 and step % cfg.log_freq == 0)
+            if cfg.eval_steps > 0 and run.eval_dataset is not None and step % cfg.eval_steps == 0:
+                with _randomness_kept():
+                    _report_eval_loss(run, step, precision, wandb)
+            if is_saving:
+                # The file must hold every step up to the checkpoint: a resumed run adds only what comes after.
+                journal.flush(show=False)
+                saved = _save(run, step)
+                if wandb is not None:
+                    wandb.log_policy(saved)
+            if cfg.env is not None and cfg.env_eval_freq > 0 and step % cfg.env_eval_freq == 0:
+                with _randomness_kept():
+                    _evaluate_in_env(run, step, precision, wandb)
+    finally:
+        bar.close()
+        journal.flush(show=False)
+    _push(run)
+    return TrainSummary(
+        output_dir=cfg.output_dir,
+        steps=cfg.steps,
+        checkpoint=saved or (checkpoint.latest_checkpoint(cfg.output_dir) if cfg.save_checkpoint else None),
+        metrics_file=journal.file.file,
+        skipped_steps=journal.skipped_steps,
+        seconds=time.perf_counter() - started,
+        last=journal.last,
+    )
+
+
+class _Journal:
+    """Holds the steps whose numbers still lie on the device, and writes them down when told to."""
+
+    def __init__(
+        self,
+        file: MetricsFile,
+        steps: int,
+        mode: str,
+        on_step: Callable[[StepRecord], None] | None,
+        wandb: WandBLogger | None,
+    ) -> None:
+        self.file = file
+        self.last: StepRecord | None = None
+        self.skipped_steps = 0
+        self._steps, self._mode, self._on_step, self._wandb = steps, mode, on_step, wandb
+        self._waiting: list[StepResult] = []
+        self._measured: StepRecord | None = None
+
+    def add(self, result: StepResult) -> None:
+        self._waiting.append(result)
+
+    def flush(self, *, show: bool) -> None:
+        """Read the waiting steps, write them to the file, and print a line for the last if asked to."""
+        waiting, self._waiting = self._waiting, []
+        records = read_steps(waiting, self._steps, self._mode)
+        if records:
+            self.file.append(records)
+            self.last = records[-1]
+        for record in records:
+            if record.retention_loss is not None:
+                self._measured = record
+            if record.skipped:
+                say(
+                    f"Step {record.step}/{self._steps} skipped: a loss or gradient was not finite; parameters, moments "
+                    f"and λ are unchanged ({record.skipped_steps} skipped so far)"
+                )
+            self.skipped_steps = record.skipped_steps
+            if self._on_step is not None:
+                self._on_step(record)
+        if show and self.last is not None:
+            say(self.last.line(self._measured))
+            self._measured = None
+            if self._wandb is not None:
+                values = {key: value for key, value in self.last.as_dict().items() if value is not None}
+                self._wandb.log_dict(values, self.last.step)
+
+
+def _check_retention(cfg: CraftTrainConfig) -> None:
+    craft = cfg.craft
+    if not craft.enabled:
+        return
+    if craft.retention_mode == "token_ce":
+        raise ValueError("craft.retention_mode=token_ce is not built yet; use --retention-mode hidden, or none")
+    assert cfg.policy is not None
+    if not cfg.policy.pretrained_path:
+        raise ValueError(
+            "CRaFT is on and there is no starting policy to keep the skills of; pass --policy.path=<teacher>, or train "
+            "without retention: --retention-mode none"
+        )
+
+
+def _check_resumable(cfg: CraftTrainConfig) -> None:
+    """Before anything heavy is built: the checkpoint is whole, and of CRaFT's loop."""
+    assert cfg.checkpoint_path is not None
+    state = cfg.checkpoint_path / TRAINING_STATE_DIR
+    checkpoint.CraftState.read(state / checkpoint.CRAFT_STATE_FILE)
+    done = load_json(state / TRAINING_STEP)["step"]
+    if done >= cfg.steps:
+        raise ValueError(
+            f"{cfg.checkpoint_path} has {done} steps behind it, and --steps={cfg.steps}; nothing is left to do, pass a "
+            f"larger --steps"
+        )
+    before = load_training_batch_size(cfg.checkpoint_path)
+    if before not in (None, cfg.batch_size):
+        raise ValueError(
+            f"{cfg.checkpoint_path} was trained with --batch_size={before}, got {cfg.batch_size}; the order of samples "
+            f"cannot be found again, resume with --batch_size={before}"
+        )
+    if cfg.dataset.streaming:
+        raise ValueError("a streamed dataset has no order to resume in; pass --dataset.streaming=false")
+
+
+def _refuse_processes() -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise ValueError(
+            f"WORLD_SIZE={world}: CRaFT trains in one process so far (λ and the conflict decision would differ between "
+            f"several); start it with python train.py, without torchrun or accelerate launch"
+        )
+
+
+def _datasets(cfg: CraftTrainConfig) -> tuple[LeRobotDataset, LeRobotDataset | None]:
+    root = cfg.dataset.root
+    # LeRobot makes the folder and then asks the hub for a dataset of that name.
+    if root is not None and not (Path(root) / "meta" / "info.json").is_file() and "/" not in cfg.dataset.repo_id:
+        raise FileNotFoundError(f"--dataset.root={root} is no LeRobotDataset: meta/info.json is not there")
+    return make_train_eval_datasets(cfg)
+
+
+def _statistics(cfg: CraftTrainConfig, dataset: LeRobotDataset) -> tuple[dict[str, Any] | None, str]:
+    """Statistics to normalise with (None: those saved with the policy), and how the log names them."""
+    assert cfg.policy is not None
+    if cfg.policy.pretrained_path is None:
+        return dataset.meta.stats, f"dataset ({cfg.dataset.repo_id}), the policy starts from scratch"
+    if cfg.resume:
+        return None, f"{cfg.normalization_stats} (as saved in the checkpoint)"
+    if cfg.normalization_stats == "dataset":
+        return dataset.meta.stats, f"dataset ({cfg.dataset.repo_id})"
+    return None, f"teacher ({cfg.policy.pretrained_path})"
+
+
+def _task_batches(run: Run) -> Iterator[dict[str, Any]]:
+    """Endless task batches in an order that is a pure function of seed and step."""
+    cfg, dataset = run.cfg, run.dataset
+    seed = cfg.seed if cfg.seed is not None else 0
+    kept: Any = dataset if cfg.dataset.streaming else in_memory(dataset)
+    # From memory a sample takes microseconds; starting a worker process takes ten seconds.
+    workers = 0 if isinstance(kept, InMemoryDataset) else cfg.num_workers
+    sampler = None
+    if not isinstance(kept, IterableDataset):
+        sampler = EpisodeAwareSampler(
+            dataset.meta.episodes["dataset_from_index"],
+            dataset.meta.episodes["dataset_to_index"],
+            episode_indices_to_use=dataset.episodes,
+            drop_n_last_frames=getattr(cfg.policy, "drop_n_last_frames", 0),
+            shuffle=True,
+            seed=seed,
+            absolute_to_relative_idx=dataset.absolute_to_relative_idx,
+        )
+        sampler.load_state_dict(compute_sampler_state(run.start, len(sampler), cfg.batch_size, 1))
+    # A generator of its own: a loader draws a seed at every epoch, and from the global generator that draw would make
+    # a resumed run differ from an uninterrupted one.
+    generator = torch.Generator()
+    loader = DataLoader(
+        kept,
+        batch_size=cfg.batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        generator=generator,
+        collate_fn=lerobot_collate_fn if dataset.meta.has_language_columns else None,
+        pin_memory=torch.device(str(cfg.policy.device if cfg.policy else "cpu")).type == "cuda",
+        prefetch_factor=cfg.prefetch_factor if workers else None,
+        persistent_workers=cfg.persistent_workers and workers > 0,
+        multiprocessing_context=cfg.dataloader_multiprocessing_context if workers else None,
+    )
+    epoch = sampler.state_dict()["epoch"] if sampler is not None else 0
+    while True:
+        generator.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+        for batch in loader:
+            yield _as_floats(batch, dataset)
+        epoch += 1
+
+
+def _as_floats(batch: dict[str, Any], dataset: LeRobotDataset) -> dict[str, Any]:
+    for key in dataset.meta.camera_keys:
+        if key in batch and batch[key].dtype == torch.uint8:
+            batch[key] = batch[key].to(torch.float32) / 255.0
+    return batch
+
+
+def _save(run: Run, step: int) -> Path:
+    term = run.term
+    folder = checkpoint.save(
+        run.cfg,
+        step,
+        run.parts.policy,
+        run.parts.optimizer,
+        run.parts.scheduler,
+        (run.preprocessor, run.postprocessor),
+        anchor_position=term.order.position if term is not None else 0,
+        cache_digest=term.cache.manifest.digest if term is not None else "",
+    )
+    say(f"Checkpoint: {folder}")
+    if run.cfg.save_checkpoint_to_hub:
+        assert run.cfg.policy is not None
+        push_checkpoint_to_hub(folder, run.cfg.policy.repo_id, private=run.cfg.policy.private)
+    return folder
+
+
+@contextmanager
+def _randomness_kept() -> Iterator[None]:
+    """Leave the global generators as they were: evaluation must not change what is trained."""
+    before = get_rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+
+
+@torch.no_grad()
+def _report_eval_loss(run: Run, step: int, precision: Any, wandb: WandBLogger | None) -> None:
+    """Mean loss on the held-out episodes, as LeRobot's ``--eval_steps`` defines it."""
+    cfg, dataset = run.cfg, run.eval_dataset
+    assert dataset is not None
+    kept: Any = in_memory(dataset)
+    if cfg.max_eval_samples > 0:
+        tasks = dataset.hf_dataset.data.column("task_index").to_numpy()
+        unique = np.unique(tasks)
+        share = max(1, cfg.max_eval_samples // len(unique))
+        chosen = np.concatenate([np.flatnonzero(tasks == task)[:share] for task in unique])
+        kept = torch.utils.data.Subset(kept, chosen.tolist())
+    collate = lerobot_collate_fn if dataset.meta.has_language_columns else None
+    loader = DataLoader(kept, batch_size=cfg.batch_size, collate_fn=collate)
+    run.parts.policy.eval()
+    losses = []
+    for batch in loader:
+        with precision:
+            loss, _ = run.parts.policy(run.preprocessor(_as_floats(batch, dataset)))
+        losses.append(loss.double())
+    mean = torch.stack(losses).mean().item()
+    say(f"Step {step}/{cfg.steps} eval_loss={mean:.4f}")
+    if wandb is not None:
+        wandb.log_dict({"eval_loss": mean}, step=step, mode="eval")
+
+
+def _evaluate_in_env(run: Run, step: int, precision: Any, wandb: WandBLogger | None) -> None:
+    """Closed-loop evaluation in ``--env``, with LeRobot's ``eval_policy_all``."""
+    # Imported where it is used: the environments' packages take long to import, and most runs have none.
+    from lerobot.envs import close_envs, make_env, make_env_pre_post_processors
+    from lerobot.scripts.lerobot_eval import eval_policy_all
+
+    cfg = run.cfg
+    assert cfg.env is not None and cfg.output_dir is not None
+    env_preprocessor, env_postprocessor = make_env_pre_post_processors(env_cfg=cfg.env, policy_cfg=cfg.policy)
+    envs = make_env(cfg.env, n_envs=cfg.eval.batch_size, use_async_envs=cfg.eval.use_async_envs)
+    run.parts.policy.eval()
+    try:
+        with torch.no_grad(), precision:
+            info = eval_policy_all(
+                envs=envs,
+                policy=run.parts.policy,
+                env_preprocessor=env_preprocessor,
+                env_postprocessor=env_postprocessor,
+                preprocessor=run.preprocessor,
+                postprocessor=run.postprocessor,
+                n_episodes=cfg.eval.n_episodes,
+                videos_dir=cfg.output_dir / "eval" / f"videos_step_{get_step_identifier(step, cfg.steps)}",
+                max_episodes_rendered=4,
+                start_seed=cfg.seed,
+                max_parallel_tasks=cfg.env.max_parallel_tasks,
+            )
+    finally:
+        close_envs(envs)
+    overall = info["overall"]
+    values = {key: overall[key] for key in ("pc_success", "avg_sum_reward", "eval_s")}
+    say(f"Step {step}/{cfg.steps} " + " | ".join(f"{key}={value:.3f}" for key, value in values.items()))
+    if wandb is not None:
+        wandb.log_dict(values, step, mode="eval")
+
+
+def _push(run: Run) -> None:
+    """Push the trained policy to the hub where the run asks for it, as LeRobot's trainer does."""
+    cfg = run.cfg
+    if cfg.policy is None or not cfg.policy.push_to_hub or cfg.dry_run:
+        return
+    policy = run.parts.policy
+    policy.push_model_to_hub(cfg, peft_model=policy if cfg.policy.use_peft else None, dataset_meta=run.dataset.meta)
+    run.preprocessor.push_to_hub(cfg.policy.repo_id)
+    run.postprocessor.push_to_hub(cfg.policy.repo_id)

@@ -1,0 +1,286 @@
+"""Loading a policy and its processors, and checking what LeRobot would let pass."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies import PreTrainedPolicy, make_policy, make_pre_post_processors
+from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline, RenameObservationsProcessorStep
+from safetensors import safe_open
+from torch import nn
+
+# Makes --policy.type=pi0_fast_tiny and saved tiny policies known to LeRobot.
+import craft_opt.bridge.quickstart.configuration_pi0_fast_tiny  # noqa: F401
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "model.safetensors"
+_LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
+_EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+
+
+def read_policy_config(path: str | Path, overrides: tuple[str, ...] = ()) -> PreTrainedConfig:
+    """Read a policy's configuration from a folder or the hub and point it at its weights.
+
+    Raises:
+        FileNotFoundError: There is no configuration there.
+    """
+    config = PreTrainedConfig.from_pretrained(path, cli_overrides=list(overrides))
+    config.pretrained_path = Path(path)
+    return config
+
+
+def load_policy(
+    config: PreTrainedConfig, ds_meta: LeRobotDatasetMetadata, rename_map: Mapping[str, str] | None = None
+) -> PreTrainedPolicy:
+    """Build the policy through LeRobot, checked before (cameras, weights file) and after (every weight).
+
+    Raises:
+        FileNotFoundError: The path holds no weights.
+        ValueError: The dataset does not fit the policy, or a weight was not loaded.
+    """
+    check_cameras(config, ds_meta, rename_map or {})
+    weights = find_weights(config)
+    policy = make_policy(cfg=config, ds_meta=ds_meta, rename_map=dict(rename_map or {}))
+    if weights is not None:
+        verify_weights(policy, weights)
+    return policy
+
+
+def find_weights(config: PreTrainedConfig) -> Path | None:
+    """The weights file of a policy that is loaded, None for one that starts from scratch or is a PEFT adapter.
+
+    Raises:
+        FileNotFoundError: The path holds no weights.
+    """
+    if not config.pretrained_path:
+        return None
+    name = "adapter_model.safetensors" if config.use_peft else WEIGHTS_FILE
+    path = str(config.pretrained_path)
+    if Path(path).is_dir():
+        weights = Path(path) / name
+        if not weights.is_file():
+            raise FileNotFoundError(
+                f"--policy.path={path} holds no {name}, so no weight would be loaded; "
+                f"point it at a folder written by save_pretrained (a checkpoint's pretrained_model folder)"
+            )
+    else:
+        try:
+            weights = Path(hf_hub_download(path, name, revision=config.pretrained_revision))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"--policy.path={path} is no local folder, and {name} could not be fetched from the hub ({error}); "
+                f"check the name, the connection and the access rights"
+            ) from error
+    # An adapter's tensors are named by PEFT, which raises by itself when one is missing.
+    return None if config.use_peft else weights
+
+
+def verify_weights(policy: nn.Module, weights: Path) -> None:
+    """Check that every weight of the policy holds what the file has for it.
+
+    LeRobot's pi0_fast loader prints a warning and goes on with random weights when a file is missing or a shape
+    differs, so nothing short of comparing the values tells.
+
+    Args:
+        policy: The loaded policy.
+        weights: Its safetensors file.
+
+    Raises:
+        ValueError: A weight is missing in the file, has another shape or another value.
+    """
+    missing: list[str] = []
+    different: list[str] = []
+    state = policy.state_dict()
+    shared: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        shared.setdefault(tensor.data_ptr(), []).append(name)
+    with safe_open(weights, framework="pt") as file:
+        available = set(file.keys())
+        for name, tensor in state.items():
+            # A tensor shared by two names is stored under one of them.
+            stored = next((s for n in shared[tensor.data_ptr()] for s in _stored_names(n) if s in available), None)
+            if stored is None:
+                missing.append(name)
+                continue
+            value = file.get_tensor(stored)
+            if value.shape != tensor.shape:
+                different.append(f"{name}: {tuple(value.shape)} in the file, {tuple(tensor.shape)} in the policy")
+            elif not torch.equal(value.to(tensor.dtype), tensor.cpu()):
+                different.append(f"{name}: other values")
+    if missing or different:
+        examples = "; ".join([*(f"{name}: missing" for name in missing), *different][:3])
+        raise ValueError(
+            f"{weights} did not load every weight: of {len(state)} tensors {len(missing)} are missing and "
+            f"{len(different)} differ ({examples}); take a complete checkpoint of this policy type and size"
+        )
+
+
+def make_processors(
+    config: PreTrainedConfig,
+    *,
+    stats: Mapping[str, Any] | None,
+    rename_map: Mapping[str, str] | None = None,
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """Build a policy's pre- and postprocessor, with the statistics saved beside it or with given ones.
+
+    Args:
+        config: The policy's configuration, features filled in (LeRobot's ``make_policy`` does that).
+        stats: Statistics to normalise with; None keeps the saved ones.
+        rename_map: Names of the dataset's keys → the policy's.
+
+    Raises:
+        ValueError: There is nothing to normalise with.
+    """
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    if not config.pretrained_path:
+        return make_pre_post_processors(config, dataset_stats=stats)
+    normalizer: dict[str, Any] = {"features": features, "norm_map": config.normalization_mapping}
+    unnormalizer: dict[str, Any] = {**normalizer, "features": config.output_features}
+    if stats is not None:
+        normalizer["stats"] = unnormalizer["stats"] = stats
+    overrides: dict[str, dict[str, Any]] = {
+        "device_processor": {"device": torch.device(config.device).type},
+        "normalizer_processor": normalizer,
+        "rename_observations_processor": {"rename_map": dict(rename_map or {})},
+    }
+    post_overrides: dict[str, dict[str, Any]] = {"unnormalizer_processor": unnormalizer}
+    if config.type == "pi0_fast":
+        # The saved step forgets these two and would fall back on its defaults (a gated tokenizer and 128).
+        overrides["action_tokenizer_processor"] = {
+            "paligemma_tokenizer_name": config.text_tokenizer_name,
+            "fast_skip_tokens": config.fast_skip_tokens,
+        }
+    if getattr(config, "use_relative_actions", False):
+        overrides["relative_actions_processor"] = {
+            "enabled": True,
+            "exclude_joints": config.relative_exclude_joints,
+            "action_names": config.action_feature_names,
+        }
+        post_overrides["absolute_actions_processor"] = {"enabled": True}
+    pre, post = make_pre_post_processors(
+        config,
+        pretrained_path=str(config.pretrained_path),
+        pretrained_revision=config.pretrained_revision,
+        preprocessor_overrides=overrides,
+        postprocessor_overrides=post_overrides,
+    )
+    _check_statistics(config, pre)
+    return pre, post
+
+
+def without_renaming(preprocessor: PolicyProcessorPipeline) -> PolicyProcessorPipeline:
+    """The same steps for samples that already have the policy's own keys; shares every step."""
+    return PolicyProcessorPipeline(
+        steps=[step for step in preprocessor.steps if not isinstance(step, RenameObservationsProcessorStep)],
+        name=preprocessor.name,
+        to_transition=preprocessor.to_transition,
+        to_output=preprocessor.to_output,
+    )
+
+
+def check_cameras(
+    config: PreTrainedConfig, ds_meta: LeRobotDatasetMetadata, rename_map: Mapping[str, str]
+) -> None:
+    """Check the cameras before anything is built.
+
+    Raises:
+        ValueError: The dataset has none of the policy's cameras.
+    """
+    renamed = {rename_map.get(key, key): feature for key, feature in ds_meta.features.items()}
+    cameras = [key for key in config.image_features if not key.rsplit(".", 1)[-1].startswith("empty_camera")]
+    present = [key for key in cameras if key in renamed]
+    if cameras and not present:
+        theirs = ", ".join(ds_meta.camera_keys) or "no camera"
+        raise ValueError(
+            f"dataset {ds_meta.repo_id} has {theirs}, and the policy needs {', '.join(cameras)}; "
+            f"name the matching ones with --rename_map='{{\"<dataset camera>\": \"{cameras[0]}\"}}'"
+        )
+    for key in set(cameras) - set(present):
+        logger.warning("camera %s of the policy is not in the dataset; the policy masks it out", key)
+
+
+def check_widths(
+    preprocessor: PolicyProcessorPipeline, ds_meta: LeRobotDatasetMetadata, rename_map: Mapping[str, str]
+) -> None:
+    """Check that the statistics that normalise state and action are as wide as the dataset's.
+
+    Raises:
+        ValueError: They are not, or the dataset lacks a key that is normalised.
+    """
+    shapes = {rename_map.get(key, key): tuple(feature["shape"]) for key, feature in ds_meta.features.items()}
+    for key, width in _normalised_widths(preprocessor).items():
+        if key not in shapes:
+            raise ValueError(f"dataset {ds_meta.repo_id} has no {key!r}, which the policy's preprocessor normalises")
+        if width != math.prod(shapes[key]):
+            raise ValueError(
+                f"dataset {ds_meta.repo_id} has {key!r} of shape {shapes[key]}, and the teacher's statistics have "
+                f"{width} values; take a dataset of the same robot, or the dataset's own statistics with "
+                f"--normalization_stats=dataset and an anchor cache built with the same flag"
+            )
+
+
+def precision_context(config: PreTrainedConfig) -> AbstractContextManager[Any]:
+    """The autocast that LeRobot's trainer would run this policy in."""
+    device = torch.device(config.device).type
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(getattr(config, "dtype", ""))
+    if dtype is not None:
+        return torch.autocast(device, dtype=dtype)
+    if not hasattr(config, "dtype") and config.use_amp:
+        return torch.autocast(device)
+    return nullcontext()
+
+
+def policy_type_at(path: str | Path) -> str | None:
+    """The policy type named in a local folder's config.json, None where there is none to read."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8")).get("type")
+    return found if isinstance(found, str) else None
+
+
+def _stored_names(name: str) -> tuple[str, ...]:
+    plain = name.removeprefix("model.")
+    if plain.removeprefix("model.") == _EMBEDDING:
+        # pi0_fast fills the embedding from the head where a checkpoint has the head alone.
+        return (name, plain, f"model.{_LM_HEAD}", _LM_HEAD)
+    return (name, plain)
+
+
+def _normalised_widths(preprocessor: PolicyProcessorPipeline) -> dict[str, int]:
+    """State and action keys that are normalised → width of their statistics, 0 without any."""
+    found: dict[str, int] = {}
+    for step in preprocessor.steps:
+        if not isinstance(step, NormalizerProcessorStep):
+            continue
+        widths: dict[str, int] = {}
+        for name, tensor in step.state_dict().items():
+            key = name.rsplit(".", 1)[0]
+            widths[key] = max(widths.get(key, 0), tensor.numel())  # the statistic "count" is one number wide
+        for key, feature in step.features.items():
+            mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
+            if mode is not NormalizationMode.IDENTITY and feature.type is not FeatureType.VISUAL:
+                found[key] = widths.get(key, 0)
+    return found
+
+
+def _check_statistics(config: PreTrainedConfig, preprocessor: PolicyProcessorPipeline) -> None:
+    """A normaliser without statistics for a feature passes it through unchanged and says nothing."""
+    if missing := sorted(key for key, width in _normalised_widths(preprocessor).items() if width == 0):
+        raise ValueError(
+            f"the preprocessor saved with {config.pretrained_path} has no normalisation statistics for "
+            f"{', '.join(missing)}; take the dataset's with --normalization_stats=dataset and an anchor cache built "
+            f"with the same flag"
+        )

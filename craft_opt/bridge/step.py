@@ -1,0 +1,110 @@
+"""One training step: anchors → L_ret → backward, L_task → backward, and the whole update in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from craft_opt import CraftOptimizer, StepMetrics
+
+
+class RetentionTerm(Protocol):
+    """Gives L_ret of the next anchors."""
+
+    def loss(self, policy: nn.Module) -> Tensor:
+        """L_ret, a scalar with a graph."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind; tensors stay on the device until a line is logged.
+
+    Attributes:
+        step: Number of the step, counted from 1.
+        loss: Task loss, shape ().
+        metrics: The optimizer's metrics.
+        measured: Whether the step had retention.
+        lr: Learning rate that it used.
+        data_s: Seconds spent on the task batch.
+        update_s: Seconds of the update.
+    """
+
+    step: int
+    loss: Tensor
+    metrics: StepMetrics
+    measured: bool
+    lr: float
+    data_s: float
+    update_s: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parts that a step works on.
+
+    Attributes:
+        policy: The student.
+        optimizer: It owns λ, the clip and the clock.
+        scheduler: Of the learning rate, if any.
+        term: L_ret, None without retention.
+    """
+
+    policy: nn.Module
+    optimizer: CraftOptimizer
+    scheduler: LRScheduler | None
+    term: RetentionTerm | None
+
+
+def train_step(
+    parts: Trained,
+    batch: Mapping[str, Any],
+    precision: AbstractContextManager[Any],
+    *,
+    step: int,
+    data_s: float,
+) -> StepResult:
+    """Do one step on a processed task batch.
+
+    Args:
+        parts: Policy, optimizer, scheduler and retention.
+        batch: The task batch, as the preprocessor gives it.
+        precision: A reusable autocast context for the forwards.
+        step: Number of this step, counted from 1.
+        data_s: Seconds that the batch took.
+    """
+    started = time.perf_counter()
+    policy, optimizer = parts.policy, parts.optimizer
+    policy.train()
+    lr = float(optimizer.param_groups[0]["lr"])
+    measured = parts.term is not None and optimizer.retention_due
+    if parts.term is not None and measured:
+        with precision:
+            retention_loss = parts.term.loss(policy)
+        with optimizer.retention(retention_loss):
+            retention_loss.backward()
+    with precision:
+        # The call, not .forward: wrappers (PEFT) act on the call.
+        loss, _ = policy(batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if parts.scheduler is not None:
+        parts.scheduler.step()
+    if callable(update := getattr(policy, "update", None)):
+        update()  # policies with running averages of their own, as in LeRobot's loop
+    return StepResult(
+        step=step,
+        loss=loss.detach().to(torch.float32),
+        metrics=optimizer.metrics(),
+        measured=measured,
+        lr=lr,
+        data_s=data_s,
+        update_s=time.perf_counter() - started,
+    )
