@@ -71,7 +71,15 @@ from craft_opt.bridge.policies import (
     without_renaming,
 )
 
-__all__ = ["AnchorBatch", "AnchorCache", "AnchorManifest", "AnchorOrder", "AnchorSource", "build_cache", "process_anchors"]
+__all__ = [
+    "AnchorBatch",
+    "AnchorCache",
+    "AnchorManifest",
+    "AnchorOrder",
+    "AnchorSource",
+    "build_cache",
+    "process_anchors",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +161,9 @@ def build_cache(
         FileExistsError: The output is there and holds something else.
     """
     output = Path(output)
-    _check_settings(sources, num_samples, dtype, shard_size, batch_size, token_source, normalization_stats, stats_source)
+    _check_settings(
+        sources, num_samples, dtype, shard_size, batch_size, token_source, normalization_stats, stats_source
+    )
     config = read_policy_config(policy_path, tuple(policy_overrides))
     datasets = [_open(source, config) for source in sources]
     renames = dict(rename_map or {})
@@ -243,9 +253,9 @@ def _check_settings(
 ) -> None:
     if not sources:
         raise ValueError("anchors need at least one dataset of old skills: --dataset.repo_id=<name>")
-    for name, value in (("num-samples", num_samples), ("shard-size", shard_size), ("batch-size", batch_size)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+    for name, number in (("num-samples", num_samples), ("shard-size", shard_size), ("batch-size", batch_size)):
+        if number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
     for name, value, allowed in (
         ("dtype", dtype, ("auto", *DTYPES)),
         ("action-tokens", token_source, TOKEN_SOURCES),
@@ -255,8 +265,8 @@ def _check_settings(
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}")
     if (normalization_stats == "dataset") != (stats_source is not None):
         raise ValueError(
-            "--normalization_stats=dataset goes together with --stats.repo_id=<the new skill's dataset>: the cache must "
-            "be processed as the fine-tuning run will process it"
+            "--normalization_stats=dataset goes together with --stats.repo_id=<the new skill's dataset>: the cache "
+            "must be processed as the fine-tuning run will process it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: LeRobot's, plus what CRaFT needs to go on exactly, written so that half of one is never taken for whole."""
+"""Checkpoints: LeRobot's, plus what CRaFT needs to go on exactly; half of one is never taken for a whole one."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class CraftState:
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} is missing, so λ, ε's clock and the order of anchors are lost: this is no checkpoint of "
-                f"CRaFT's train.py, or not a whole one; resume from another, or start a fresh run from its weights with "
-                f"--policy.path=<checkpoint>/pretrained_model"
+                f"CRaFT's train.py, or not a whole one; resume from another, or start a fresh run from its weights "
+                f"with --policy.path=<checkpoint>/pretrained_model"
             )
         try:
             with safe_open(file, framework="pt") as content:

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: draccus reads the annotations of these dataclasses at run time.
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,12 +53,12 @@ class CraftAdamWConfig(OptimizerConfig):
         """Hand over what LeRobot's ``build(params)`` has no room for."""
         self._craft, self._total_steps = craft, total_steps
 
-    def build(self, params: Iterable[Any] | dict[str, Any]) -> CraftOptimizer:
+    def build(self, params: Any) -> CraftOptimizer:
         """Build the optimizer for the parameters that the policy names."""
         if isinstance(params, dict):
             raise ValueError(
-                "this policy hands its optimizer parameters by name; CRaFT's optimizer takes a list of parameters or of "
-                "parameter groups (pi0_fast gives the former)"
+                "this policy hands its optimizer parameters by name; CRaFT's optimizer takes a list of parameters or "
+                "of parameter groups (pi0_fast gives the former)"
             )
         return CraftOptimizer(
             params,
@@ -120,12 +120,13 @@ class CraftTrainConfig(TrainPipelineConfig):
         for name, lowest in (("steps", 1), ("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
-        chosen = self.optimizer
+        chosen: OptimizerConfig | None = getattr(self, "optimizer", None)
         with arguments(self._arguments):
             super().validate()
             given = parser.get_cli_overrides("optimizer") or []
-        self.optimizer = self._craft_optimizer(chosen, [name.lstrip("-").split("=")[0] for name in given])
-        self.optimizer.bind(self.craft, self.steps)
+        resolved = self._craft_optimizer(chosen, [name.lstrip("-").split("=")[0] for name in given])
+        resolved.bind(self.craft, self.steps)
+        self.optimizer = resolved
 
     def _become_dry_run(self) -> None:
         self.steps, self.log_freq = DRY_RUN_STEPS, 1

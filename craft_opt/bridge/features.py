@@ -88,7 +88,8 @@ def pi0_fast_of(policy: nn.Module) -> PI0FastPolicy:
     Raises:
         ValueError: The policy is of another kind.
     """
-    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    unwrap: Any = getattr(policy, "get_base_model", None)
+    base: Any = policy if unwrap is None else unwrap()
     if not isinstance(base, PI0FastPolicy):
         found = getattr(getattr(base, "config", None), "type", type(base).__name__)
         raise ValueError(

@@ -122,10 +122,7 @@ def read_steps(results: Sequence[StepResult], steps: int, mode: str) -> list[Ste
     if not results:
         return []
     rows = torch.stack(
-        [
-            torch.stack([value.double().to(r.loss.device) for value in (r.loss, *_device_values(r))])
-            for r in results
-        ]
+        [torch.stack([value.double().to(r.loss.device) for value in (r.loss, *_device_values(r))]) for r in results]
     ).tolist()
     records = []
     for result, row in zip(results, rows, strict=True):
@@ -209,7 +206,7 @@ def cache_lines(cache: AnchorCache, craft: CraftConfig) -> list[str]:
         f"AnchorCache batch size: {craft.anchor_batch_size}",
         f"AnchorCache K: {craft.retention_freq} (retention at steps 0, K, 2K, ...)",
         f"AnchorCache samples: {len(cache)}",
-        f"AnchorCache features: {manifest.pooling} of layers {', '.join(map(str, manifest.layers))} of {manifest.depth}",
+        f"AnchorCache features: {manifest.pooling}, layers {', '.join(map(str, manifest.layers))} of {manifest.depth}",
     ]
 
 

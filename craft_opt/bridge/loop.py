@@ -196,9 +196,7 @@ def prepare(cfg: CraftTrainConfig) -> Run:
     )
 
 
-def run_steps(
-    run: Run, *, on_step: Callable[[StepRecord], None] | None = None, progress: bool = True
-) -> TrainSummary:
+def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, progress: bool = True) -> TrainSummary:
     """Do the steps of a prepared run.
 
     Ctrl-C leaves the metrics of all finished steps and every checkpoint that was whole.
@@ -207,9 +205,7 @@ def run_steps(
     assert cfg.policy is not None and cfg.output_dir is not None
     mode = cfg.craft.retention_mode if cfg.craft.enabled else "none"
     wandb = WandBLogger(cfg) if cfg.wandb.enable and cfg.wandb.project else None
-    journal = _Journal(
-        MetricsFile(cfg.output_dir / METRICS_FILE, run.start), cfg.steps, mode, on_step, wandb
-    )
+    journal = _Journal(MetricsFile(cfg.output_dir / METRICS_FILE, run.start), cfg.steps, mode, on_step, wandb)
     precision = precision_context(cfg.policy)
     batches = _task_batches(run)
     saved: Path | None = None
@@ -508,7 +504,7 @@ def _push(run: Run) -> None:
     cfg = run.cfg
     if cfg.policy is None or not cfg.policy.push_to_hub or cfg.dry_run:
         return
-    policy = run.parts.policy
+    policy: Any = run.parts.policy
     policy.push_model_to_hub(cfg, peft_model=policy if cfg.policy.use_peft else None, dataset_meta=run.dataset.meta)
     run.preprocessor.push_to_hub(cfg.policy.repo_id)
     run.postprocessor.push_to_hub(cfg.policy.repo_id)

@@ -190,9 +190,7 @@ def without_renaming(preprocessor: PolicyProcessorPipeline) -> PolicyProcessorPi
     )
 
 
-def check_cameras(
-    config: PreTrainedConfig, ds_meta: LeRobotDatasetMetadata, rename_map: Mapping[str, str]
-) -> None:
+def check_cameras(config: PreTrainedConfig, ds_meta: LeRobotDatasetMetadata, rename_map: Mapping[str, str]) -> None:
     """Check the cameras before anything is built.
 
     Raises:
@@ -205,7 +203,7 @@ def check_cameras(
         theirs = ", ".join(ds_meta.camera_keys) or "no camera"
         raise ValueError(
             f"dataset {ds_meta.repo_id} has {theirs}, and the policy needs {', '.join(cameras)}; "
-            f"name the matching ones with --rename_map='{{\"<dataset camera>\": \"{cameras[0]}\"}}'"
+            f'name the matching ones with --rename_map=\'{{"<dataset camera>": "{cameras[0]}"}}\''
         )
     for key in set(cameras) - set(present):
         logger.warning("camera %s of the policy is not in the dataset; the policy masks it out", key)
