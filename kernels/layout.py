@@ -59,9 +59,9 @@ class LaunchConfig:
         vec_32bit: Consecutive elements a thread holds of an fp32 tile (4 = 128 bits).
         vec_16bit: The same for bf16 and fp16 (8 = 128 bits). m and v then change their layout through shared memory
             on the way out; 4 would do without, at 64 bits an access. To be measured on a GPU.
-        max_registers: Ceiling on a thread's registers: 64 keep 4 programs (32 warps) on a multiprocessor, 80 only 3.
-            A variant that would spill under it (AMSGrad, three dtypes at once) is compiled without.
-        max_programs_per_sm: Ceiling on resident programs of a multiprocessor; registers allow no more anyway.
+        register_ceilings: Ceilings on a thread's registers, tried in this order until a variant does not spill. Under 64 a
+            multiprocessor holds 4 programs (32 warps): all variants but those with AMSGrad or three dtypes, and a few of
+            sm_80's. Under 80 it holds 3, under 128 two.
     """
 
     num_warps: int = 8
@@ -69,8 +69,7 @@ class LaunchConfig:
     reduce_block: int = 2048
     vec_32bit: int = 4
     vec_16bit: int = 8
-    max_registers: int = 64
-    max_programs_per_sm: int = 8
+    register_ceilings: tuple[int, ...] = (64, 80, 128)
 
     def __post_init__(self) -> None:
         for name in ("num_warps", "block", "reduce_block"):
@@ -219,7 +218,7 @@ class SurgeryPlan:
         self.hyper = new((self.n_segments, HYPER_COLUMNS), dtype=torch.float32)
         self.dual_in = new(len(DUAL_NAMES), dtype=torch.float64)
         self.barrier = new(1, dtype=torch.int32)
-        self.resident: dict[tuple[Any, ...], tuple[int, int | None]] = {}
+        self.fit: dict[tuple[Any, ...], tuple[int, int]] = {}
 
         self.addresses: list[int] | None = None
         self.task_present: list[bool] | None = None

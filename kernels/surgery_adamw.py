@@ -346,8 +346,15 @@ def _adamw(
     use_max,
     HAS_RET: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """Combine, clip (inside a and b) and AdamW, all in fp32, in the order of torch's operations."""
+    """Combine, clip (inside a and b) and AdamW, all in fp32, in the order of torch's operations.
+
+    EXACT takes IEEE square roots and divisions, to follow torch to 1e-7. Without it they are within 1 and 2 units in
+    the last place (subnormal second moments count as 0): for 16-bit parameters that is lost in the rounding to 8 or 11
+    bits, and it saves a third of the instructions, the registers of the slow paths, and those slow paths themselves,
+    which every zero second moment would take: the rows of an embedding that no token named.
+    """
     g = task * a
     if HAS_RET:
         g += (ret * b) * b_factor
@@ -358,9 +365,11 @@ def _adamw(
         second = tl.where(use_max > 0.0, v_max, v)
     else:
         second = v
-    # IEEE square root and division: Triton's defaults are approximate, and this must follow torch to 1e-7.
-    denominator = tl.sqrt_rn(second) * inv_sqrt_correction2 + eps
-    p = p * decay - step_size * tl.div_rn(m, denominator)
+    if EXACT:
+        ratio = tl.div_rn(m, tl.sqrt_rn(second) * inv_sqrt_correction2 + eps)
+    else:
+        ratio = m / (tl.sqrt(second) * inv_sqrt_correction2 + eps)
+    p = p * decay - step_size * ratio
     return p, m, v, v_max
 
 
@@ -387,9 +396,13 @@ def _apply_tiles(
 ):
     """Update every whole group of 16 elements of the segments of one dtype, last tile first."""
     lane = tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    for k in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+    stride = tl.num_programs(0)
+    # The owner of the next tile is fetched a tile ahead: otherwise three loads wait for one another on every tile.
+    owner = tl.load(tile_seg_ptr + tl.maximum(n_tiles - 1 - tl.program_id(0), 0))
+    for k in tl.range(tl.program_id(0), n_tiles, stride):
         tile = n_tiles - 1 - k
-        seg = tl.load(tile_seg_ptr + tile).to(tl.int64)
+        seg = owner.to(tl.int64)
+        owner = tl.load(tile_seg_ptr + tl.maximum(tile - stride, 0))
         row = tl.multiple_of(table_ptr + seg * _TABLE_C, 16)
         start = tl.cast(tile, tl.int64) * BLOCK
         # The table's addresses and offsets are those of a segment that began at tile 0, so `start` alone moves them.
@@ -434,7 +447,7 @@ def _apply_tiles(
             use_max = tl.load(hyper + 9)
         p, m, v, v_max = _adamw(
             p, m, v, v_max, task, ret, a * sign, b * sign, b_factor, decay, lerp, from_grad, beta2, one_minus_beta2,
-            inv_sqrt_correction2, eps, step_size, use_max, HAS_RET, AMSGRAD,
+            inv_sqrt_correction2, eps, step_size, use_max, HAS_RET, AMSGRAD, tl.float32 == DTYPE,
         )  # fmt: skip
         tl.store(p_ptr + lane, _from_f32(p, DTYPE, SOFT_CAST), mask=mask, eviction_policy="evict_first")
         tl.store(m_tile, m, mask=mask, eviction_policy="evict_first")
@@ -504,7 +517,7 @@ def _apply_tails(
             use_max = tl.load(hyper + 9, mask=valid, other=0.0)[:, None]
         p, m, v, v_max = _adamw(
             p, m, v, v_max, task, ret, a * sign, b * sign, b_factor, decay, lerp, from_grad, beta2, one_minus_beta2,
-            inv_sqrt_correction2, eps, step_size, use_max, HAS_RET, AMSGRAD,
+            inv_sqrt_correction2, eps, step_size, use_max, HAS_RET, AMSGRAD, tl.float32 == DTYPE,
         )  # fmt: skip
         tl.store(p_tile, _from_f32(p, DTYPE, SOFT_CAST), mask=mask)
         tl.store(m_ptr + moment_index, m, mask=mask)
@@ -700,6 +713,25 @@ def _surgery_adamw_kernel(
             step = tl.load(steps_ptr + seg, mask=mask, other=0.0)
             tl.store(steps_ptr + seg, step + 1.0, mask=mask)
 
+        if HAS_TAILS:
+            if HAS_F16:
+                tails = tail_ptr + (tails_f32 + tails_bf16) * _TAIL_C
+                _apply_tails(
+                    task_f16_ptr, ret_f16_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tails, hyper_ptr, tails_f16 * work,
+                    a32, b32, factor32, tl.float16, HAS_RET, AMSGRAD, SOFT_CAST, TAIL_ROWS,
+                )  # fmt: skip
+            if HAS_BF16:
+                tails = tail_ptr + tails_f32 * _TAIL_C
+                _apply_tails(
+                    task_bf16_ptr, ret_bf16_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tails, hyper_ptr,
+                    tails_bf16 * work, a32, b32, factor32, tl.bfloat16, HAS_RET, AMSGRAD, SOFT_CAST, TAIL_ROWS,
+                )  # fmt: skip
+            if HAS_F32:
+                _apply_tails(
+                    task_f32_ptr, ret_f32_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tail_ptr, hyper_ptr,
+                    tails_f32 * work, a32, b32, factor32, tl.float32, HAS_RET, AMSGRAD, SOFT_CAST, TAIL_ROWS,
+                )  # fmt: skip
+
         # Backwards through what PHASE 1 read forwards.
         if HAS_F16:
             tile_map = tile_seg_ptr + tiles_f32 + tiles_bf16
@@ -707,34 +739,17 @@ def _surgery_adamw_kernel(
                 task_f16_ptr, ret_f16_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tile_map, hyper_ptr, tiles_f16 * work,
                 a32, b32, factor32, tl.float16, HAS_RET, AMSGRAD, SOFT_CAST, BLOCK, VEC_16BIT,
             )  # fmt: skip
-            if HAS_TAILS:
-                tails = tail_ptr + (tails_f32 + tails_bf16) * _TAIL_C
-                _apply_tails(
-                    task_f16_ptr, ret_f16_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tails, hyper_ptr, tails_f16 * work,
-                    a32, b32, factor32, tl.float16, HAS_RET, AMSGRAD, SOFT_CAST, TAIL_ROWS,
-                )  # fmt: skip
         if HAS_BF16:
             tile_map = tile_seg_ptr + tiles_f32
             _apply_tiles(
                 task_bf16_ptr, ret_bf16_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tile_map, hyper_ptr,
                 tiles_bf16 * work, a32, b32, factor32, tl.bfloat16, HAS_RET, AMSGRAD, SOFT_CAST, BLOCK, VEC_16BIT,
             )  # fmt: skip
-            if HAS_TAILS:
-                tails = tail_ptr + tails_f32 * _TAIL_C
-                _apply_tails(
-                    task_bf16_ptr, ret_bf16_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tails, hyper_ptr,
-                    tails_bf16 * work, a32, b32, factor32, tl.bfloat16, HAS_RET, AMSGRAD, SOFT_CAST, TAIL_ROWS,
-                )  # fmt: skip
         if HAS_F32:
             _apply_tiles(
                 task_f32_ptr, ret_f32_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tile_seg_ptr, hyper_ptr,
                 tiles_f32 * work, a32, b32, factor32, tl.float32, HAS_RET, AMSGRAD, SOFT_CAST, BLOCK, VEC_32BIT,
             )  # fmt: skip
-            if HAS_TAILS:
-                _apply_tails(
-                    task_f32_ptr, ret_f32_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tail_ptr, hyper_ptr,
-                    tails_f32 * work, a32, b32, factor32, tl.float32, HAS_RET, AMSGRAD, SOFT_CAST, TAIL_ROWS,
-                )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -816,41 +831,40 @@ def _kernel_arguments(plan: SurgeryPlan, buffers: SurgeryBuffers, n_partials: in
     ]  # fmt: skip
 
 
-def launch_options(config: LaunchConfig, phase: int, max_registers: int | None) -> dict[str, Any]:
-    """Return the compiler's options for one variant."""
+def launch_options(config: LaunchConfig, phase: int, register_ceiling: int) -> dict[str, Any]:
+    """Return the compiler's options for one phase under one ceiling of `LaunchConfig.register_ceilings`."""
     return {
         "num_warps": config.num_warps,
         "num_stages": 1,  # Triton's software pipelining of the update loop takes its stores apart
         "launch_cooperative_grid": phase == 0,  # turns a grid too large for the barrier into an error, not a hang
-        "maxnreg": max_registers,
+        "maxnreg": register_ceiling,
     }
 
 
-def _fit(plan: SurgeryPlan, arguments: list[Any], constants: dict[str, Any]) -> tuple[int, int | None]:
-    """Compile a variant; return the programs that the device holds at once, and the register ceiling to launch with.
+def _fit(plan: SurgeryPlan, arguments: list[Any], constants: dict[str, Any]) -> tuple[int, int]:
+    """Compile a variant; return how many of its programs the device holds at once, and the register ceiling.
 
-    The ceiling is the configuration's, unless this variant would spill under it.
+    The ceiling is the first one under which nothing spills; the programs are the largest grid whose barrier can be met.
     """
     key = tuple(constants.items())
-    if key not in plan.resident:
+    if key not in plan.fit:
         config = plan.config
-        for ceiling in (config.max_registers, None):
+        for ceiling in config.register_ceilings:
             options = launch_options(config, constants["PHASE"], ceiling)
             kernel = _surgery_adamw_kernel.warmup(*arguments, **constants, **options, grid=(1,))
             kernel._init_handles()
             if kernel.n_spills == 0:
                 break
-        properties = torch.cuda.get_device_properties(plan.device)
+        properties: Any = torch.cuda.get_device_properties(plan.device)
         # Registers are given to a warp in units of 256, shared memory to a program with 1 KiB of the system's own.
         registers = round_up(kernel.n_regs * 32, 256) * config.num_warps
         per_sm = min(
             properties.regs_per_multiprocessor // registers,
             properties.max_threads_per_multi_processor // (32 * config.num_warps),
             properties.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024),
-            config.max_programs_per_sm,
         )
-        plan.resident[key] = min(max(per_sm, 1) * properties.multi_processor_count, MAX_GRID), ceiling
-    return plan.resident[key]
+        plan.fit[key] = min(max(per_sm, 1) * properties.multi_processor_count, MAX_GRID), ceiling
+    return plan.fit[key]
 
 
 def _launch(
