@@ -340,7 +340,9 @@ def _train(command: Command) -> int:
         run = prepare(parse_config(_arguments(command)))
     except SystemExit as stopped:  # LeRobot's parser, which has said why
         return EXIT_USER_ERROR if stopped.code else 0
-    except (ValueError, OSError, NotImplementedError, *lerobot_flags.PARSER_ERRORS) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
+        return _fail(error)
+    except lerobot_flags.PARSER_ERRORS as error:
         return _fail(error)
     summary = run_steps(run)
     if summary.checkpoint is not None:
