@@ -59,9 +59,9 @@ class LaunchConfig:
         vec_32bit: Consecutive elements a thread holds of an fp32 tile (4 = 128 bits).
         vec_16bit: The same for bf16 and fp16 (8 = 128 bits). m and v then change their layout through shared memory
             on the way out; 4 would do without, at 64 bits an access. To be measured on a GPU.
-        register_ceilings: Ceilings on a thread's registers, tried in this order until a variant does not spill. Under 64 a
-            multiprocessor holds 4 programs (32 warps): all variants but those with AMSGrad or three dtypes, and a few of
-            sm_80's. Under 80 it holds 3, under 128 two.
+        register_ceilings: Ceilings on a thread's registers, tried in this order until a variant does not spill. Under
+            64 a multiprocessor holds 4 programs (32 warps): all but AMSGrad, three dtypes at once and two variants with
+            two. Under 80 it holds 3, under 128 two.
     """
 
     num_warps: int = 8

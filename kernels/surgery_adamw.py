@@ -30,6 +30,9 @@ Inductor's `x_grid_barrier`. Deviations: conflict is a threshold on the cosine r
 are fp32 for every parameter dtype.
 """
 
+# Triton reads the annotations of device functions itself: theirs are constexprs and nothing else.
+# mypy: disallow-untyped-defs=False
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -532,7 +535,7 @@ def _apply_tails(
         "tails_f32", "tails_bf16", "tails_f16", "n_segments", "n_partials",
     ]
 )  # fmt: skip
-def _surgery_adamw_kernel(
+def surgery_adamw_kernel(
     task_f32_ptr,
     task_bf16_ptr,
     task_f16_ptr,
@@ -759,7 +762,7 @@ def _surgery_adamw_kernel(
 
 def is_interpreted() -> bool:
     """Whether Triton's interpreter runs the kernel (TRITON_INTERPRET=1 when this module was imported)."""
-    return triton is not None and not isinstance(_surgery_adamw_kernel, triton.runtime.JITFunction)
+    return triton is not None and not isinstance(surgery_adamw_kernel, triton.runtime.JITFunction)
 
 
 def is_available(device: torch.device | str) -> bool:
@@ -812,7 +815,7 @@ def kernel_constants(
     }
 
 
-def _kernel_arguments(plan: SurgeryPlan, buffers: SurgeryBuffers, n_partials: int) -> list[Any]:
+def kernel_arguments(plan: SurgeryPlan, buffers: SurgeryBuffers, n_partials: int) -> list[Any]:
     # Pointers that the variant never reads still need a tensor: m stands in.
     task = [buffers.grads_task.get(dtype, buffers.m) for dtype in SUPPORTED_DTYPES]
     ret = [buffers.grads_ret.get(dtype, buffers.m) for dtype in SUPPORTED_DTYPES]
@@ -851,7 +854,7 @@ def _fit(plan: SurgeryPlan, arguments: list[Any], constants: dict[str, Any]) -> 
         config = plan.config
         for ceiling in config.register_ceilings:
             options = launch_options(config, constants["PHASE"], ceiling)
-            kernel = _surgery_adamw_kernel.warmup(*arguments, **constants, **options, grid=(1,))
+            kernel = surgery_adamw_kernel.warmup(*arguments, **constants, **options, grid=(1,))
             kernel._init_handles()
             if kernel.n_spills == 0:
                 break
@@ -894,14 +897,14 @@ def _launch(
         plan, phase=phase, merge=merge, project=project, schedule=schedule, has_ret=has_ret, amsgrad=amsgrad,
         soft_cast=interpreted,
     )  # fmt: skip
-    arguments = _kernel_arguments(plan, buffers, n_partials)
+    arguments = kernel_arguments(plan, buffers, n_partials)
     if interpreted:
         programs = 1 if grid is None else grid
         if phase == 0 and programs != 1:
             raise ValueError(f"grid={programs}: the interpreter runs programs in turn, so a grid barrier needs grid=1")
         if phase == 0:
             arguments[-1] = programs
-        _surgery_adamw_kernel[(programs,)](*arguments, **constants)
+        surgery_adamw_kernel[(programs,)](*arguments, **constants)
         return programs
     with torch.cuda.device(plan.device):
         resident, ceiling = _fit(plan, arguments, constants)
@@ -915,7 +918,7 @@ def _launch(
         if phase == 0:
             arguments[-1] = programs
         options = launch_options(plan.config, phase, ceiling)
-        _surgery_adamw_kernel[(programs,)](*arguments, **constants, **options)
+        surgery_adamw_kernel[(programs,)](*arguments, **constants, **options)
     return programs
 
 
