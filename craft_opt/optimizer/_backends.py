@@ -161,6 +161,9 @@ class TorchBackend:
                 torch.add(task, ret, alpha=ratio.item(), out=ret)
             else:
                 torch.addcmul(task, ret, ratio, out=ret)
+            # Segments that no retention gradient reached were written too, and must be zero again at the next step.
+            for slot in layout.slots:
+                slot.ret_dirty = slot.ret_dirty or slot.dtype is exact
         for batch in _batches(layout.slots, present):
             group = groups[batch[0].group]
             params = [slot.target for slot in batch]
