@@ -194,6 +194,7 @@ def say(text: str) -> None:
 def set_up_logging() -> None:
     """LeRobot's console logging, for everything that is not part of the log's contract."""
     init_logging()
+    logging.getLogger().setLevel(logging.INFO)  # LeRobot lets every debug record be made, for a file it does not write
     for name in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
