@@ -52,7 +52,14 @@ def load_policy(
     """
     check_cameras(config, ds_meta, rename_map or {})
     weights = find_weights(config)
-    policy = make_policy(cfg=config, ds_meta=ds_meta, rename_map=dict(rename_map or {}))
+    try:
+        policy = make_policy(cfg=config, ds_meta=ds_meta, rename_map=dict(rename_map or {}))
+    except RuntimeError as error:  # what torch and safetensors raise for missing, unexpected and misshapen tensors
+        if weights is None:
+            raise
+        raise ValueError(
+            f"{weights} did not load every weight ({error}); take a complete checkpoint of this policy type and size"
+        ) from error
     if weights is not None:
         verify_weights(policy, weights)
     return policy

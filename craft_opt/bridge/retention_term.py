@@ -146,7 +146,7 @@ def check_cache_fits(
         ValueError: It was not, with both sides named.
     """
     manifest, folder = cache.manifest, cache.folder
-    base, depth = pi0_fast_of(policy), depth_of(policy)
+    depth = depth_of(policy)
     if manifest.normalization_stats != normalization_stats:
         raise ValueError(
             f"{folder} was built with the {manifest.normalization_stats}'s normalisation statistics, and this run "
@@ -177,10 +177,13 @@ def check_cache_fits(
         )
     if is_teacher and (fingerprint := teacher_fingerprint(policy)) != manifest.teacher_fingerprint:
         dtype = str(language_model_of(policy).layers[0].self_attn.q_proj.weight.dtype).removeprefix("torch.")
+        path = pi0_fast_of(policy).config.pretrained_path
+        remedy = "dtype" if dtype != manifest.compute_dtype else "path"
+        value = manifest.compute_dtype if remedy == "dtype" else manifest.teacher
         raise ValueError(
             f"{folder} was made by teacher {manifest.teacher_fingerprint} ({manifest.teacher}, "
-            f"{manifest.compute_dtype}), and this policy is {fingerprint} ({base.config.pretrained_path}, {dtype}); "
-            f"pass --policy.path={manifest.teacher}, or {rebuild_hint(folder)}"
+            f"{manifest.compute_dtype}), and this policy is {fingerprint} ({path}, {dtype}); "
+            f"pass --policy.{remedy}={value}, or {rebuild_hint(folder)}"
         )
 
 

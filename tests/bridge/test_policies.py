@@ -50,7 +50,9 @@ def test_a_whole_policy_loads(world, meta):
 
 def test_a_path_without_weights_is_refused(teacher_copy, meta):
     (teacher_copy / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no model.safetensors, so no weight would be loaded; point it at"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no model.safetensors, so no weight would be loaded; point it at"
+    ):
         load(teacher_copy, meta)
 
 
@@ -73,7 +75,9 @@ def test_verification_sees_a_missing_a_misshapen_and_a_different_weight(teacher_
     with pytest.raises(ValueError, match=r"did not load every weight: of \d+ tensors 1 are missing and 0 differ"):
         verify_weights(policy, weights)
     edit_weights(teacher_copy, lambda tensors: tensors.update({NAME: torch.zeros(3, 3)}))
-    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj.weight: \(3, 3\) in the file, \(32, 32\) in the policy"):
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.down_proj.weight: \(3, 3\) in the file, \(32, 32\) in the policy"
+    ):
         verify_weights(policy, weights)
     right = policy.state_dict()[NAME].clone()
     right[0, 0] += 1e-3
@@ -93,7 +97,9 @@ def test_a_dataset_without_the_policys_cameras_is_refused(world, tmp_path):
     make_tiny_dataset(tmp_path / "data", cameras=("observation.top",), episodes=1, frames=5)
     meta = LeRobotDatasetMetadata("local/tiny", root=tmp_path / "data")
     config = read_policy_config(world.teacher, ("--device=cpu",))
-    with pytest.raises(ValueError, match=r"has observation.top, and the policy needs observation.image; name the matching"):
+    with pytest.raises(
+        ValueError, match=r"has observation.top, and the policy needs observation.image; name the matching"
+    ):
         check_cameras(config, meta, {})
     check_cameras(config, meta, {"observation.top": "observation.image"})
 

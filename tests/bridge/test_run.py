@@ -102,7 +102,7 @@ def test_conflict_is_marked_only_where_it_projected(world, tmp_path):
     cfg = world.config(tmp_path / "out", craft={"conflict_threshold": 1.0, "retention_freq": 1})
     seen = []
     train(cfg, on_step=seen.append, progress=False)
-    # At step 0 the student is the teacher: no retention gradient, nothing to conflict with. Then every cosine is below 1.
+    # At step 0 the student is the teacher: no retention gradient to conflict with. Then every cosine is below 1.
     assert [record.conflict for record in seen] == [False, True, True]
     assert "conflict" not in seen[0].line()
     assert " | conflict=✓ | " in seen[1].line()
@@ -174,6 +174,21 @@ def test_a_batch_that_is_not_finite_is_skipped_counted_and_reported(world, tmp_p
     assert metrics_of(tmp_path / "out")[1]["loss"] is None, "JSON has no NaN"
 
 
+def test_ctrl_c_leaves_the_numbers_of_every_finished_step(world, tmp_path):
+    run = prepare(world.config(tmp_path / "out", log_freq=0))
+    processed, calls = run.preprocessor, []
+
+    def interrupted(batch):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return processed(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(replace(run, preprocessor=interrupted), progress=False)
+    assert [record["step"] for record in metrics_of(tmp_path / "out")] == [1, 2]
+
+
 def test_a_policy_from_scratch_trains_with_the_datasets_statistics(world, tmp_path, capsys):
     """How the quickstart makes its teacher."""
     dataset = make_tiny_dataset(tmp_path / "data", episodes=2, frames=6)
@@ -197,7 +212,7 @@ def test_held_out_episodes_are_evaluated_without_touching_the_training(world, tm
     cfg = world.config(tmp_path / "a", eval_steps=2, steps=4)
     cfg.dataset.eval_split = 0.25
     train(cfg, on_step=evaluated.append, progress=False)
-    assert len(re.findall(r"^Step \d/4 eval_loss=\d+\.\d{4}$", capsys.readouterr().out, re.M)) == 2
+    assert len(re.findall(r"^Step \d/4 eval_loss=\d+\.\d{4}$", capsys.readouterr().out, re.MULTILINE)) == 2
     cfg = world.config(tmp_path / "b", steps=4)
     cfg.dataset.eval_split = 0.25
     train(cfg, on_step=plain.append, progress=False)
@@ -256,6 +271,39 @@ def test_another_teacher_is_refused(world, tmp_path, capsys):
     error = refused(capsys, replaced(world.flags(tmp_path / "out"), "policy.path", other))
     assert "was made by teacher" in error
     assert f"pass --policy.path={world.teacher}" in error
+
+
+def test_the_teacher_in_another_dtype_is_refused_and_a_cache_of_that_dtype_taken(world, tmp_path, capsys):
+    flags = [*world.flags(tmp_path / "out"), "--policy.dtype=bfloat16"]
+    assert "pass --policy.dtype=float32, or" in refused(capsys, flags)
+    overrides = ["--device=cpu", "--dtype=bfloat16"]
+    build_cache(
+        tmp_path / "cache", world.teacher, [world.source()], num_samples=8, policy_overrides=overrides, progress=False
+    )
+    assert cli.main([*replaced(flags, "craft.anchor_cache_dir", tmp_path / "cache"), "--dry-run"]) == 0
+    # bf16 rounds at 2^-9: the tolerance of the check before step 0 leaves room for that.
+    drift = re.search(r"Drift before step 0: (\S+)", capsys.readouterr().out)
+    assert float(drift[1]) < 1e-2
+
+
+def test_an_adapter_trains_against_the_same_teacher(world, tmp_path):
+    """LeRobot's --peft: the adapter starts at zero, so the student is the teacher; only the adapter moves."""
+    peft = [
+        "--peft.method_type=LORA",
+        "--peft.r=4",
+        r"--peft.target_modules=.*self_attn\.(q|v)_proj",
+        "--steps=4",
+        "--save_freq=2",
+    ]
+    assert cli.main([*world.flags(tmp_path / "out"), *peft]) == 0
+    checkpoints = tmp_path / "out" / "checkpoints"
+    whole = load_file(checkpoints / "000004/pretrained_model/adapter_model.safetensors")
+    assert any(tensor.abs().sum() > 0 for name, tensor in whole.items() if "lora_B" in name)
+    shutil.rmtree(checkpoints / "000004")
+    config = checkpoints / "000002/pretrained_model/train_config.json"
+    assert cli.main(["--resume=true", f"--config_path={config}"]) == 0
+    again = load_file(checkpoints / "000004/pretrained_model/adapter_model.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
 def test_other_layers_or_pooling_than_the_run_demands_are_refused(world, tmp_path, capsys):
