@@ -1,0 +1,101 @@
+"""What the compiler makes of the kernel for GPUs that are not there: held so that an edit cannot quietly undo it."""
+
+import dataclasses
+import json
+
+import pytest
+from craft_opt.kernels import aot
+from craft_opt.kernels.aot import ARCHITECTURES, Variant, compile_variant, standard_variants
+from craft_opt.kernels.layout import DEFAULT_CONFIG
+
+from tests.kernels.problems import BF16, F16, F32
+
+pytest.importorskip("triton")
+
+WATCHED = [
+    Variant((F32,)),
+    Variant((BF16,)),
+    Variant((F16,)),
+    Variant((BF16, F32)),
+    Variant((BF16,), phase="reduce"),
+    Variant((BF16,), phase="apply"),
+    Variant((F32,), has_ret=False),
+    Variant((F32,), amsgrad=True, tails=True),
+]
+
+
+def expected_widths(variant, dtype):
+    """128-bit accesses of one thread on a tile of 8 elements: two of fp32, one of 16 bits."""
+    own = 2 if dtype == F32 else 1
+    gradients = own * (2 if variant.has_ret else 1)
+    moments = 6 if variant.amsgrad else 4
+    return {"reduce": ({128: gradients}, {}), "update": ({128: gradients + own + moments}, {128: own + moments})}
+
+
+def assert_report(report, variant):
+    assert not report.spills, f"{report.stack_bytes} bytes of stack, {report.spill_instructions} LDL/STL"
+    many = variant.amsgrad or len(variant.dtypes) > 1
+    # 64 registers keep 32 warps on a multiprocessor. Three dtypes with AMSGrad may take what they need.
+    assert report.registers <= (128 if len(variant.dtypes) == 3 else 80 if many else 64)
+    # Shared memory carries the moments between the layouts of 16-bit and 32-bit accesses: 2048 fp32 and no more.
+    assert report.shared_bytes <= 8192
+
+    roles = {"fused": ("reduce", "update"), "reduce": ("reduce",), "apply": ("update",)}[variant.phase]
+    for role in roles:
+        found = sorted(
+            (sorted(loop.loads.items()), sorted(loop.stores.items())) for loop in report.loops if loop.role == role
+        )
+        wanted = sorted(
+            (sorted(loads.items()), sorted(stores.items()))
+            for loads, stores in (expected_widths(variant, dtype)[role] for dtype in variant.dtypes)
+        )
+        assert found == wanted, f"accesses of the {role} loops by width"
+    assert len(report.loops) == len(roles) * len(variant.dtypes)
+
+    barrier = variant.phase == "fused"
+    assert sum(report.atomics.values()) == report.barrier_arrivals == int(barrier), report.atomics
+    assert all(".ADD" in name and ".GPU" in name and "F" not in name.split(".ADD")[1] for name in report.atomics)
+    assert (report.barrier_polls > 0) == barrier
+    assert report.float_atomics == 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("variant", WATCHED, ids=lambda variant: variant.name)
+def test_no_spills_128_bit_accesses_one_barrier_atomic(variant, arch):
+    assert_report(compile_variant(variant, arch), variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("variant", standard_variants(), ids=lambda variant: variant.name)
+def test_every_variant_of_the_committed_report(variant, arch):
+    assert_report(compile_variant(variant, arch), variant)
+
+
+def test_instructions_leave_room_for_memory():
+    # An H200 issues 132·4·32 instructions a clock at about 1.7 GHz: 29e12 a second. At 4.8 TB/s it streams 1.2e12
+    # elements of the bf16 reduction (4 bytes each) and 0.17e12 of the update (28 bytes): 24 and 170 instructions an
+    # element. Half of that leaves the waiting to memory.
+    for loop in compile_variant(Variant((BF16,)), 90).loops:
+        assert loop.per_element <= {"reduce": 12, "update": 85}[loop.role]
+
+
+def test_the_report_sees_spills_and_narrow_accesses():
+    tight = dataclasses.replace(DEFAULT_CONFIG, register_ceilings=(32,))
+    spilled = compile_variant(Variant((F32,)), 90, tight)
+    assert spilled.spills
+    assert spilled.registers == 32
+    narrow = dataclasses.replace(DEFAULT_CONFIG, vec_16bit=4)
+    loops = compile_variant(Variant((BF16,), phase="apply"), 90, narrow).loops
+    assert loops[0].loads == {64: 6, 128: 4}
+    assert loops[0].stores == {64: 2, 128: 4}
+
+
+def test_the_command_writes_a_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(aot, "standard_variants", lambda: WATCHED[:2])
+    out = tmp_path / "results" / "aot.json"
+    assert aot.main(["--arch", "90", "--out", str(out)]) == 0
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert [report["variant"] for report in document["reports"]] == [variant.name for variant in WATCHED[:2]]
+    assert document["config"]["block"] == DEFAULT_CONFIG.block
+    assert "sm_90" in capsys.readouterr().out
