@@ -281,6 +281,11 @@ def _check_training(flags: dict[str, str], dry_run: bool) -> None:
     for is_so, why in contradictions:
         if is_so:
             raise UsageError(f"contradictory flags: {why}; drop one of them")
+    path = flags.get("policy.path", "")
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise UsageError(
+            f"--policy.path={path} does not exist; give the folder of a saved policy, or a name on the hub"
+        )
     if "config_path" not in flags:
         if "dataset.repo_id" not in flags:
             raise UsageError(

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from httpx import HTTPError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from lerobot.configs import parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.optim import OptimizerConfig
@@ -103,6 +105,7 @@ class CraftTrainConfig(TrainPipelineConfig):
         Raises:
             ValueError: A setting is out of range or contradicts another.
             FileExistsError: The output folder exists and this is no resumed run.
+        FileNotFoundError: The policy is not there.
         """
         if self.is_reward_model_training:
             raise ValueError("CRaFT trains policies, and --reward_model was given; use LeRobot's lerobot-train for it")
@@ -122,7 +125,13 @@ class CraftTrainConfig(TrainPipelineConfig):
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
         chosen: OptimizerConfig | None = getattr(self, "optimizer", None)
         with arguments(self._arguments):
-            super().validate()
+            try:
+                super().validate()
+            except (HTTPError, LocalEntryNotFoundError) as error:
+                path = parser.get_path_arg("policy")
+                raise FileNotFoundError(
+                    f"--policy.path={path} is no local folder and could not be fetched from the hub ({error})"
+                ) from error
             given = parser.get_cli_overrides("optimizer") or []
         resolved = self._craft_optimizer(chosen, [name.lstrip("-").split("=")[0] for name in given])
         resolved.bind(self.craft, self.steps)

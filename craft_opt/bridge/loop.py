@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from httpx import HTTPError
 from lerobot.common.train_utils import (
     get_step_identifier,
     load_training_batch_size,
@@ -341,11 +342,14 @@ def _refuse_processes() -> None:
 
 
 def _datasets(cfg: CraftTrainConfig) -> tuple[LeRobotDataset, LeRobotDataset | None]:
-    root = cfg.dataset.root
-    # LeRobot makes the folder and then asks the hub for a dataset of that name.
-    if root is not None and not (Path(root) / "meta" / "info.json").is_file() and "/" not in cfg.dataset.repo_id:
-        raise FileNotFoundError(f"--dataset.root={root} is no LeRobotDataset: meta/info.json is not there")
-    return make_train_eval_datasets(cfg)
+    try:
+        return make_train_eval_datasets(cfg)
+    except (OSError, HTTPError) as error:
+        where = f"in {cfg.dataset.root}" if cfg.dataset.root is not None else "in LeRobot's cache"
+        raise FileNotFoundError(
+            f"dataset {cfg.dataset.repo_id} is not {where} and could not be fetched from the hub ({error}); give the "
+            f"folder of a local one with --dataset.root=<folder>"
+        ) from error
 
 
 def _statistics(cfg: CraftTrainConfig, dataset: LeRobotDataset) -> tuple[dict[str, Any] | None, str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from httpx import HTTPError
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy, make_policy, make_pre_post_processors
@@ -36,7 +36,12 @@ def read_policy_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Pre
     Raises:
         FileNotFoundError: There is no configuration there.
     """
-    config = PreTrainedConfig.from_pretrained(path, cli_overrides=list(overrides))
+    try:
+        config = PreTrainedConfig.from_pretrained(path, cli_overrides=list(overrides))
+    except (OSError, HTTPError) as error:
+        raise FileNotFoundError(
+            f"--policy.path={path} is no folder of a saved policy, and could not be fetched from the hub ({error})"
+        ) from error
     config.pretrained_path = Path(path)
     return config
 
@@ -85,7 +90,7 @@ def find_weights(config: PreTrainedConfig) -> Path | None:
     else:
         try:
             weights = Path(hf_hub_download(path, name, revision=config.pretrained_revision))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except (OSError, HTTPError) as error:
             raise FileNotFoundError(
                 f"--policy.path={path} is no local folder, and {name} could not be fetched from the hub ({error}); "
                 f"check the name, the connection and the access rights"

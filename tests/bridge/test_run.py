@@ -378,7 +378,15 @@ def test_a_policy_path_without_weights_is_refused(world, tmp_path, capsys):
 
 def test_a_policy_path_that_is_not_there_is_refused(world, tmp_path, capsys):
     error = refused(capsys, replaced(world.flags(tmp_path / "out"), "policy.path", tmp_path / "nothing"))
-    assert "nothing" in error
+    assert "nothing does not exist; give the folder of a saved policy" in error
+    error = refused(capsys, replaced(world.flags(tmp_path / "out"), "policy.path", "nobody/nothing"))
+    assert "--policy.path=nobody/nothing is no local folder and could not be fetched from the hub" in error
+
+
+def test_a_dataset_that_is_not_there_is_refused(world, tmp_path, capsys):
+    argv = replaced(world.flags(tmp_path / "out"), "dataset.root", tmp_path / "nothing")
+    error = refused(capsys, argv)
+    assert f"dataset local/tiny is not in {tmp_path / 'nothing'} and could not be fetched from the hub" in error
 
 
 def test_a_dataset_without_the_policys_cameras_is_refused(world, tmp_path, capsys):
