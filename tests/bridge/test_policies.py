@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from safetensors.torch import load_file, save_file
 
 from craft_opt.bridge.features import language_model_of
@@ -18,6 +19,7 @@ from craft_opt.bridge.policies import (
     read_policy_config,
     verify_weights,
 )
+from craft_opt.bridge.quickstart.modeling_pi0_fast_tiny import PI0FastTinyPolicy
 from tests.quickstart.support import make_tiny_dataset
 
 
@@ -84,6 +86,17 @@ def test_verification_sees_a_missing_a_misshapen_and_a_different_weight(teacher_
     edit_weights(teacher_copy, lambda tensors: tensors.update({NAME: right}))
     with pytest.raises(ValueError, match=r"down_proj.weight: other values"):
         verify_weights(policy, weights)
+
+
+@pytest.mark.parametrize("damage", ["missing", "misshapen"])
+def test_lerobots_own_loader_which_never_raises_is_caught(teacher_copy, meta, monkeypatch, damage):
+    """pi0_fast's from_pretrained prints a warning and returns random weights for these."""
+    monkeypatch.setattr(PI0FastTinyPolicy, "from_pretrained", classmethod(PI0FastPolicy.from_pretrained.__func__))
+    assert load(teacher_copy, meta) is not None
+    change = {"missing": lambda t: t.pop(NAME), "misshapen": lambda t: t.update({NAME: torch.zeros(3, 3)})}[damage]
+    edit_weights(teacher_copy, change)
+    with pytest.raises(ValueError, match="did not load every weight"):
+        load(teacher_copy, meta)
 
 
 def test_verification_knows_checkpoints_without_the_model_prefix(teacher_copy, meta):
