@@ -1,6 +1,6 @@
 """Compile the kernel for GPUs that are not there, and report what the compiler made of it.
 
-    python -m craft_opt.kernels.aot --out benchmarks/results/aot_report.json
+    python -m craft_opt.kernels.aot --out benchmarks/results/aot_triton-3.6.0.json
 
 Triton's wheel carries ptxas and the disassembler, so registers, spills, access widths and atomics are known on any
 machine, and a test can hold them. Run it in a process without TRITON_INTERPRET: the interpreter replaces the compiler.

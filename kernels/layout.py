@@ -54,8 +54,9 @@ class LaunchConfig:
         num_warps: 8. With 4, twice as many programs would add twice as many rows of partial sums and
             arrivals at the barrier.
         block: Elements of a tile of the update, 8 a thread: one 128-bit access of bf16, two of fp32. 16 a thread (4096)
-            costs over 100 registers, half the resident programs, and spills in the mixed-dtype kernel.
-        reduce_block: Elements of a tile of the reduction, from each of the two buffers.
+            take over 100 registers, so half as many programs are resident and no more bytes are in flight.
+        reduce_block: Elements of a tile of the reduction, from each of the two buffers. 4096 with the next tile
+            on its way would make the reduction, not the update, decide the kernel's registers.
         vec_32bit: Consecutive elements a thread holds of an fp32 tile (4 = 128 bits).
         vec_16bit: The same for bf16 and fp16 (8 = 128 bits). m and v then change their layout through shared memory
             on the way out; 4 would do without, at 64 bits an access. To be measured on a GPU.

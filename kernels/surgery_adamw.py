@@ -210,7 +210,10 @@ def _prepare_hyper(hyper_ptr, groups_ptr, table_ptr, steps_ptr, n_segments, SEG_
     In PHASE 1, because the step counts change in PHASE 2 and a division or a power per tile would cost more than this
     table. As torch does, every factor is computed in double precision and rounded once.
     """
-    for chunk in tl.range(tl.program_id(0), tl.cdiv(n_segments, SEG_BLOCK), tl.num_programs(0)):
+    # The last programs, because they have a tile less where the tiles do not divide evenly.
+    for chunk in tl.range(
+        tl.num_programs(0) - 1 - tl.program_id(0), tl.cdiv(n_segments, SEG_BLOCK), tl.num_programs(0)
+    ):
         seg = tl.cast(chunk, tl.int64) * SEG_BLOCK + tl.arange(0, SEG_BLOCK)
         mask = seg < n_segments
         group = tl.load(table_ptr + seg * _TABLE_C + 6, mask=mask, other=0)
