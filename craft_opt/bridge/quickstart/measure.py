@@ -1,0 +1,126 @@
+"""What a policy can do: success in closed loop and cross-entropy of action tokens, skill by skill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, resolve_delta_timestamps
+from lerobot.policies import PreTrainedPolicy
+from lerobot.utils.collate import lerobot_collate_fn
+from lerobot.utils.constants import ACTION_TOKENS
+from torch import Tensor
+from torch.nn import functional
+
+from craft_opt.bridge.anchor_cache import write_atomically
+from craft_opt.bridge.dataset import in_memory
+from craft_opt.bridge.features import FeatureSpec, depth_of, hidden_features, pi0_fast_of
+from craft_opt.bridge.policies import load_policy, make_processors, read_policy_config
+from craft_opt.bridge.quickstart.env import Evaluator
+from craft_opt.bridge.quickstart.simulation import Skill
+
+# Every 8th frame of the held-out episodes: neighbours are nearly the same.
+FRAME_STRIDE = 8
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class SkillScore:
+    """How a policy does one skill.
+
+    Attributes:
+        skill: Name of the skill.
+        successes: Episodes that succeeded.
+        rollouts: Episodes.
+        action_ce: Mean cross-entropy of the action tokens on held-out demonstrations, nats a token.
+    """
+
+    skill: str
+    successes: int
+    rollouts: int
+    action_ce: float
+
+    @property
+    def success(self) -> float:
+        """Success rate in [0, 1]."""
+        return self.successes / self.rollouts
+
+
+@torch.no_grad()
+def action_token_loss(policy: PreTrainedPolicy, batch: Mapping[str, Any]) -> tuple[float, int]:
+    """Sum of the cross-entropies of a processed batch's action tokens, and their number.
+
+    The framing tokens that LeRobot's own loss counts too ("Action", ":", "|") are left out: they reach zero at once and
+    would hide what the policy knows.
+    """
+    base = pi0_fast_of(policy)
+    last = depth_of(policy)
+    hidden = hidden_features(policy, batch, FeatureSpec((last,), "action_tokens")).by_layer[last]
+    logits = base.model.paligemma_with_expert.paligemma.lm_head(hidden[:, :-1]).float()
+    targets: Tensor = batch[ACTION_TOKENS][:, 1:]
+    # LeRobot maps FAST token k to the id vocab_size - 1 - fast_skip_tokens - k.
+    top = logits.shape[-1] - base.config.fast_skip_tokens
+    is_action = (targets < top) & (targets >= top - base.action_tokenizer.vocab_size)
+    loss = functional.cross_entropy(logits[is_action], targets[is_action], reduction="sum")
+    return float(loss), int(is_action.sum())
+
+
+def measure(
+    policy_path: Path, skills: Sequence[Skill], held_out: Path, repo_id: str, rollouts: int, seed: int, device: str
+) -> list[SkillScore]:
+    """Load a saved policy and measure it.
+
+    Args:
+        policy_path: Folder of the policy and its processors.
+        skills: The skills, in the order of the result.
+        held_out: Folder of the held-out demonstrations.
+        repo_id: Their name.
+        rollouts: Closed-loop episodes of each skill.
+        seed: First seed of the episodes.
+        device: ``cpu`` or ``cuda``.
+    """
+    config = read_policy_config(policy_path, (f"--device={device}",))
+    deltas = resolve_delta_timestamps(config, LeRobotDatasetMetadata(repo_id, root=held_out))
+    dataset = LeRobotDataset(repo_id, root=held_out, delta_timestamps=deltas)
+    policy = load_policy(config, dataset.meta, {})
+    policy.eval()
+    preprocessor, postprocessor = make_processors(config, stats=None)
+    entropies = _entropies(policy, preprocessor, dataset)
+    evaluator = Evaluator(envs=min(rollouts, 20), chunk=config.n_action_steps)
+    scores = []
+    for skill in skills:
+        done = evaluator.success(policy, preprocessor, postprocessor, skill, rollouts, seed)
+        scores.append(SkillScore(skill.name, sum(done), len(done), entropies[skill.prompt]))
+    evaluator.close()
+    return scores
+
+
+def _entropies(policy: PreTrainedPolicy, preprocessor: Any, dataset: LeRobotDataset) -> dict[str, float]:
+    frames = in_memory(dataset)
+    by_prompt: dict[str, list[Any]] = {}
+    for index in range(0, len(dataset), FRAME_STRIDE):
+        item = frames[index]
+        by_prompt.setdefault(item["task"], []).append(item)
+    result = {}
+    for prompt, items in by_prompt.items():
+        total, count = 0.0, 0
+        for start in range(0, len(items), BATCH):
+            batch = preprocessor(lerobot_collate_fn(items[start : start + BATCH]))
+            loss, tokens = action_token_loss(policy, batch)
+            total, count = total + loss, count + tokens
+        result[prompt] = total / count
+    return result
+
+
+def save_scores(file: Path, scores: Sequence[SkillScore]) -> None:
+    """Write scores, whole or not at all."""
+    write_atomically(file, json.dumps([asdict(score) for score in scores], indent=2))
+
+
+def load_scores(file: Path) -> list[SkillScore]:
+    """Read scores."""
+    return [SkillScore(**entry) for entry in json.loads(file.read_text())]

@@ -1,0 +1,66 @@
+"""Numbers of the quickstart, and the fingerprints that name what it keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from craft_opt.bridge.quickstart.simulation import NEW_SKILLS, OLD_SKILLS, Skill
+
+# Raised when the code of a stage changes what it makes: kept stages of before are then made anew.
+STAGE_VERSION = 1
+
+# Seeds of objects and noise: apart for what is trained on, measured on and was tuned on.
+SEED_STRIDE = 10_000
+OLD_SEED, NEW_SEED, HELD_OUT_SEED = 0, 4_000, 8_000
+ROLLOUT_SEED = 1_000_000  # 500 000 and up was used for tuning
+
+
+@dataclass(frozen=True)
+class QuickstartSettings:
+    """Sizes of a quickstart run.
+
+    Attributes:
+        seed: Seed of everything: demonstrations, teacher, anchors, fine-tuning, rollouts.
+        episodes: Demonstrations of each skill.
+        held_out_episodes: Demonstrations of each skill that only the cross-entropy is measured on.
+        teacher_steps: Steps of pre-training on the old skills.
+        teacher_lr: Its largest learning rate.
+        steps: Steps of fine-tuning on the new skill.
+        lr: Its largest learning rate.
+        batch_size: Samples a step, in both.
+        anchors: Anchors of each old skill.
+        rollouts: Closed-loop episodes of each skill, before and after.
+    """
+
+    seed: int = 0
+    episodes: int = 48
+    held_out_episodes: int = 4
+    teacher_steps: int = 1500
+    teacher_lr: float = 1e-3
+    steps: int = 400
+    lr: float = 3e-4
+    batch_size: int = 32
+    anchors: int = 200
+    rollouts: int = 20
+    old: tuple[Skill, ...] = OLD_SKILLS
+    new: tuple[Skill, ...] = NEW_SKILLS
+
+    @property
+    def skills(self) -> tuple[Skill, ...]:
+        """Old and new skills."""
+        return self.old + self.new
+
+    def first_seed(self, offset: int) -> int:
+        """First seed of a kind of episodes."""
+        return self.seed * SEED_STRIDE + offset
+
+
+def fingerprint(**parts: Any) -> str:
+    """Ten hexadecimal digits that stand for how a stage was made, versions of the simulator and LeRobot included."""
+    made_with = {name: version(name) for name in ("lerobot", "metaworld", "mujoco", "torch")}
+    text = json.dumps({"stage": STAGE_VERSION, "made_with": made_with, **parts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]

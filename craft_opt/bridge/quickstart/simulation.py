@@ -1,0 +1,128 @@
+"""MetaWorld without a screen: worlds, scripted experts and demonstrations. Imports neither torch nor LeRobot.
+
+Worker processes import this file alone, so that collecting starts in two seconds and not in ten.
+"""
+
+import os
+from dataclasses import dataclass
+
+# Nothing here renders through OpenGL (see renderer.py); without this MuJoCo looks for a display at import.
+os.environ.setdefault("MUJOCO_GL", "disable")
+
+import metaworld
+import metaworld.policies
+import numpy as np
+from numpy.typing import NDArray
+
+from craft_opt.bridge.quickstart.renderer import RayRenderer
+
+CAMERA = "corner2"
+IMAGE_SIDE = 64
+FPS = 80  # MetaWorld's control rate
+STATE_DIM = ACTION_DIM = 4
+# Standard deviations of the noise on the executed action, episode by episode in turn; the label stays the expert's
+# clean action. Off the expert's path the labels lead back to it: what makes a cloned policy robust.
+NOISE_LEVELS = (0.0, 0.3, 0.6)
+# The experts need at most 110 steps with the largest noise (30 episodes of each skill).
+MAX_EPISODE_STEPS = 150
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A MetaWorld task as a skill.
+
+    Attributes:
+        name: Short name for tables and files.
+        env_name: MetaWorld's name of the task.
+        prompt: What the policy is told: LeRobot's description of that task.
+        expert: Class of the scripted expert in ``metaworld.policies``.
+    """
+
+    name: str
+    env_name: str
+    prompt: str
+    expert: str
+
+
+DRAWER_CLOSE = Skill("drawer-close", "drawer-close-v3", "Push and close a drawer", "SawyerDrawerCloseV3Policy")
+BUTTON_PRESS = Skill(
+    "button-press", "button-press-topdown-v3", "Press a button from the top", "SawyerButtonPressTopdownV3Policy"
+)
+WINDOW_CLOSE = Skill("window-close", "window-close-v3", "Push and close a window", "SawyerWindowCloseV3Policy")
+OLD_SKILLS = (DRAWER_CLOSE, BUTTON_PRESS)
+NEW_SKILLS = (WINDOW_CLOSE,)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One successful episode.
+
+    Attributes:
+        images: [T, side, side, 3] uint8, before each action.
+        states: [T, 4] fp32: position of the hand in metres, opening of the gripper.
+        actions: [T, 4] fp32 in [-1, 1]: the expert's clean actions.
+    """
+
+    images: NDArray[np.uint8]
+    states: NDArray[np.float32]
+    actions: NDArray[np.float32]
+
+
+class World:
+    """A MetaWorld task with random object positions from a seed, and a camera that needs no OpenGL."""
+
+    def __init__(self, skill: Skill, side: int = IMAGE_SIDE) -> None:
+        benchmark = metaworld.MT1(skill.env_name, seed=42)
+        self.env = benchmark.train_classes[skill.env_name](camera_name=CAMERA)
+        self.env.set_task(benchmark.train_tasks[0])
+        self.env.model.cam_pos[2] = [0.75, 0.075, 0.7]  # closer to the table, as in LeRobot's environment
+        self.env.reset()
+        self.env._freeze_rand_vec = False
+        self.env.seeded_rand_vec = True  # reset(seed) decides where the objects lie
+        self._renderer = RayRenderer(self.env.model, CAMERA, side)
+
+    def reset(self, seed: int) -> NDArray[np.float64]:
+        """Place the objects and return MetaWorld's observation."""
+        self.env.seed(seed)
+        observation, _ = self.env.reset(seed=seed)
+        return observation
+
+    def image(self) -> NDArray[np.uint8]:
+        """The camera's image, upright: this camera hangs upside down."""
+        return np.ascontiguousarray(np.flip(self._renderer.render(self.env.data), (0, 1)))
+
+
+_worlds: dict[tuple[str, int], World] = {}
+
+
+def demonstrate(skill: Skill, seed: int, noise: float, side: int = IMAGE_SIDE) -> Demonstration:
+    """Let the scripted expert do a task once, with noise on what is executed.
+
+    Args:
+        skill: The task.
+        seed: Places the objects and draws the noise.
+        noise: Standard deviation on the three axes of motion, in units of the action's range [-1, 1].
+        side: Side of the images in pixels.
+
+    Raises:
+        RuntimeError: The expert did not succeed within ``MAX_EPISODE_STEPS``.
+    """
+    key = (skill.env_name, side)
+    if key not in _worlds:  # building a world takes a third of a second
+        _worlds[key] = World(skill, side)
+    world = _worlds[key]
+    expert = getattr(metaworld.policies, skill.expert)()
+    rng = np.random.default_rng(seed)
+    images, states, actions = [], [], []
+    observation = world.reset(seed)
+    for _ in range(MAX_EPISODE_STEPS):
+        action = np.clip(expert.get_action(observation), -1, 1).astype(np.float32)
+        images.append(world.image())
+        states.append(observation[:STATE_DIM].astype(np.float32))
+        actions.append(action)
+        executed = action.copy()
+        executed[:3] += noise * rng.standard_normal(3)
+        observation, _, _, _, info = world.env.step(np.clip(executed, -1, 1))
+        if info["success"]:
+            return Demonstration(np.stack(images), np.stack(states), np.stack(actions))
+    raise RuntimeError(f"the expert of {skill.name} did not succeed in {MAX_EPISODE_STEPS} steps (seed {seed})")
