@@ -1,0 +1,1 @@
+"""Speed and memory of the optimizer step, measured against everything that does the same work."""
