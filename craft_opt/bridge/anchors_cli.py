@@ -32,12 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C.
     """
     parser, build = _parsers()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        known = [name for action in build._actions for name in action.option_strings]
-        close = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-        parser.error(f"unknown flag {flag}{f'; did you mean {close[0]}?' if close else ''}")
+    argv = sys.argv[1:] if argv is None else argv
+    known = {name for action in build._actions for name in action.option_strings}
+    # Before argparse: it would name the flag that is missing, not the one that was mistyped.
+    for flag in (token.split("=")[0] for token in argv if token.startswith("--")):
+        if flag not in known:
+            close = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+            parser.error(f"unknown flag {flag}{f'; did you mean {close[0]}?' if close else ''}")
+    args = parser.parse_args(argv)
     try:
         return _build(args)
     except (ValueError, OSError) as error:

@@ -300,6 +300,7 @@ def test_a_dataset_that_is_not_there_is_refused(world, tmp_path):
     ("flags", "message"),
     [
         (["--num-sample=3"], "unknown flag --num-sample; did you mean --num-samples?"),
+        (["--polcy.path=x"], "unknown flag --polcy.path; did you mean --policy.path?"),
         (["--kind=token_ce"], "token_ce is not built yet"),
         (["--dtype=int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         (["--pooling=mean"], "pooling must be one of"),
