@@ -224,8 +224,8 @@ class Problem:
 Weights = tuple[float, float]
 Rule = Callable[[Gram], Weights]
 
-# Relative norm of (p - p_ref) against (p_ref - p_0) after two steps of 1e-3. Rounding a parameter of 0.005 costs 1e-7 of
-# that in fp32 and 7e-3 in bf16 (bf16 moments, as AdamW(fused) keeps them, as much again), and ours has coefficients to
+# Relative norm of (p - p_ref) against (p_ref - p_0) after two steps of 1e-3. Rounding a parameter of 0.005 costs 1e-7
+# of that in fp32, 7e-3 in bf16 (bf16 moments, as AdamW(fused) keeps them, as much again), and ours has coefficients to
 # 1e-5. Others add 1e8 products in one fp32 dot, which is 1e-3 off: that is shown in the results, and no reason not to
 # time them. Leaving the projection out costs 4e-2, the retention gradient 0.2, the clip 1 (tests/benchmarks holds all
 # three): that is what this check is for.
