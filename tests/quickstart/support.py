@@ -45,10 +45,7 @@ def make_tiny_dataset(
             wave = np.sin(phase + 0.4 * step).astype(np.float32)
             writer.add_frame(
                 {
-                    **{
-                        camera: rng.integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8)
-                        for camera in cameras
-                    },
+                    **{camera: rng.integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8) for camera in cameras},
                     "observation.state": wave[::-1].copy(),
                     "action": wave,
                     "task": tasks[episode % len(tasks)],
@@ -56,9 +53,7 @@ def make_tiny_dataset(
             )
         writer.save_episode()
     writer.finalize()
-    return LeRobotDataset(
-        "local/tiny", root=root, delta_timestamps={"action": [step / 10 for step in range(4)]}
-    )
+    return LeRobotDataset("local/tiny", root=root, delta_timestamps={"action": [step / 10 for step in range(4)]})
 
 
 def tiny_config(dataset: LeRobotDataset, **overrides: Any) -> PI0FastTinyConfig:

@@ -19,9 +19,7 @@ from craft_opt.bridge.quickstart.tokenizers import (
 WORDS = words_of(["close the drawer", "press_the button"])
 
 
-def decode_as_lerobot(
-    tokenizer: FastActionTokenizer, tokens: list[int], horizon: int, dim: int
-) -> np.ndarray:
+def decode_as_lerobot(tokenizer: FastActionTokenizer, tokens: list[int], horizon: int, dim: int) -> np.ndarray:
     """LeRobot's relaxed decoding, restated: characters to coefficients, zeros appended, inverse DCT."""
     text = tokenizer.bpe_tokenizer.decode(torch.tensor(tokens))
     coefficients = np.zeros(horizon * dim)

@@ -63,7 +63,7 @@ def picture(
         title: What was run.
     """
     steps = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    measured = [step for step in steps if step.get("L_ret") is not None]
+    measured = [step for step in steps if step.get("retention_loss") is not None and step.get("cos") is not None]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     figure.suptitle(title)
     _draw_losses(axes[0, 0], steps, measured)
@@ -79,7 +79,8 @@ def _column(steps: Sequence[dict[str, Any]], name: str) -> list[float]:
 
 
 def _draw_losses(axis: Axes, steps: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> None:
-    axis.plot(_column(steps, "step"), _column(steps, "loss"), color=_TASK, lw=1, label="task loss")
+    finite = [step for step in steps if step["loss"] is not None]
+    axis.plot(_column(finite, "step"), _column(finite, "loss"), color=_TASK, lw=1, label="task loss")
     if measured:
         axis.plot(_column(measured, "step"), _column(measured, "L_ret"), color=_RETENTION, lw=1, label="retention loss")
     axis.set(title="Losses", xlabel="step", yscale="log")
@@ -92,11 +93,11 @@ def _draw_dual(axis: Axes, measured: Sequence[dict[str, Any]]) -> None:
         _empty(axis)
         return
     steps = _column(measured, "step")
-    axis.plot(steps, _column(measured, "λ"), color=_LAMBDA, label="λ (left)")
+    axis.plot(steps, _column(measured, "lambda"), color=_LAMBDA, label="λ (left)")
     axis.set_ylim(bottom=0)
     right = axis.twinx()
-    right.plot(steps, _column(measured, "L_ret"), color=_RETENTION, lw=1, label="L_ret (right)")
-    right.plot(steps, _column(measured, "ε"), color="black", ls="--", lw=1, label="ε (right)")
+    right.plot(steps, _column(measured, "retention_loss"), color=_RETENTION, lw=1, label="L_ret (right)")
+    right.plot(steps, _column(measured, "epsilon"), color="black", ls="--", lw=1, label="ε (right)")
     right.set_ylim(bottom=0)
     handles = [*axis.get_lines(), *right.get_lines()]
     axis.legend(handles, [str(handle.get_label()) for handle in handles])

@@ -32,7 +32,7 @@ from craft_opt.bridge.quickstart.settings import (
     fingerprint,
 )
 from craft_opt.bridge.quickstart.simulation import Skill
-from craft_opt.bridge.quickstart.skills import collect
+from craft_opt.bridge.quickstart.skills import WORKERS, collect
 from craft_opt.bridge.quickstart.teacher import make_teacher
 
 DEFAULT_OUTPUT = Path("outputs/quickstart")
@@ -40,7 +40,14 @@ OLD_REPO, NEW_REPO, HELD_OUT_REPO = "craft/old-skills", "craft/new-skill", "craf
 # What the quickstart sets unless the command line does: anchors are cheap at this size, so retention runs every step.
 CRAFT_DEFAULTS: dict[str, Any] = {"anchor_batch_size": 16, "retention_freq": 1}
 SETTINGS_FILE, RESULT_FILE = "settings.json", "result.json"
-DRY_RUN: dict[str, Any] = {"episodes": 2, "held_out_episodes": 1, "teacher_steps": 3, "steps": 3, "anchors": 16, "rollouts": 1}
+DRY_RUN: dict[str, Any] = {
+    "episodes": 2,
+    "held_out_episodes": 1,
+    "teacher_steps": 3,
+    "steps": 3,
+    "anchors": 16,
+    "rollouts": 1,
+}
 STAGES = 7
 
 
@@ -261,15 +268,13 @@ class Quickstart:
         metrics = folder / "training" / "metrics.jsonl"
         picture(folder / "curves.png", metrics, before, after, old, title)
         write_atomically(folder / "table.txt", text + "\n")
-        # Linux counts in KiB, macOS in bytes.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         result = {
             "mode": self.mode,
             "seed": self.settings.seed,
             "before": [asdict(score) for score in before],
             "after": [asdict(score) for score in after],
             "seconds": {**self.seconds, "total": seconds},
-            "peak_memory_gib": peak,
+            "peak_memory_gib": _peak_memory(),
             "torch_threads": torch.get_num_threads(),
         }
         # Last, because its presence says that the run is finished.
@@ -285,4 +290,12 @@ class Quickstart:
             ("kept for the next run", self.kept.folder),
         ):
             say(f"{name}: {path}")
-        say(f"{seconds / 60:.1f} minutes, {peak:.1f} GiB at most")
+        say(f"{seconds / 60:.1f} minutes, {_peak_memory():.1f} GiB at most")
+
+
+def _peak_memory() -> float:
+    """Upper bound of the memory held at one time, GiB: this process and as many of the largest worker as run."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # Linux counts in KiB, macOS in bytes
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return (own + WORKERS * worker) / unit

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
-from craft_opt.bridge.quickstart.simulation import NEW_SKILLS, OLD_SKILLS, Skill
+from craft_opt.bridge.quickstart.configuration_pi0_fast_tiny import PI0FastTinyConfig
+from craft_opt.bridge.quickstart.simulation import (
+    FPS,
+    IMAGE_SIDE,
+    MAX_EPISODE_STEPS,
+    NEW_SKILLS,
+    NOISE_LEVELS,
+    OLD_SKILLS,
+    Skill,
+)
 
 # Raised when the code of a stage changes what it makes: kept stages of before are then made anew.
 STAGE_VERSION = 1
@@ -62,5 +71,9 @@ class QuickstartSettings:
 def fingerprint(**parts: Any) -> str:
     """Ten hexadecimal digits that stand for how a stage was made, versions of the simulator and LeRobot included."""
     made_with = {name: version(name) for name in ("lerobot", "metaworld", "mujoco", "torch")}
-    text = json.dumps({"stage": STAGE_VERSION, "made_with": made_with, **parts}, sort_keys=True, default=str)
+    world = (FPS, IMAGE_SIDE, MAX_EPISODE_STEPS, NOISE_LEVELS, SEED_STRIDE)
+    # The network's and tokenizers' sizes are the defaults of this class.
+    policy = {field.name: str(field.default) for field in fields(PI0FastTinyConfig) if field.default is not MISSING}
+    everything = {"stage": STAGE_VERSION, "made_with": made_with, "world": world, "policy": policy, **parts}
+    text = json.dumps(everything, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

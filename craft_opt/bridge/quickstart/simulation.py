@@ -1,10 +1,12 @@
-"""MetaWorld without a screen: worlds, scripted experts and demonstrations. Imports neither torch nor LeRobot.
+"""MetaWorld without a screen: worlds, scripted experts and demonstrations. Does not import LeRobot.
 
-Worker processes import this file alone, so that collecting starts in two seconds and not in ten.
+Worker processes import this file, and LeRobot alone takes ten seconds to import.
 """
 
 import os
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 # Nothing here renders through OpenGL (see renderer.py); without this MuJoCo looks for a display at import.
 os.environ.setdefault("MUJOCO_GL", "disable")
@@ -25,6 +27,8 @@ STATE_DIM = ACTION_DIM = 4
 NOISE_LEVELS = (0.0, 0.3, 0.6)
 # The experts need at most 110 steps with the largest noise (30 episodes of each skill).
 MAX_EPISODE_STEPS = 150
+TRIES = 3
+RETRY_STRIDE = 100_000_000  # far from every seed that something else takes
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,21 @@ class World:
         return np.ascontiguousarray(np.flip(self._renderer.render(self.env.data), (0, 1)))
 
 
+def expert_action(expert: Any, observation: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The scripted expert's action, clipped to [-1, 1] as MetaWorld itself would."""
+    with warnings.catch_warnings():
+        # The experts warn that MetaWorld clips what they ask for; that is how they are written.
+        warnings.filterwarnings("ignore", message="Constant.s. may be too high")
+        return np.clip(expert.get_action(observation), -1, 1).astype(np.float32)
+
+
 _worlds: dict[tuple[str, int], World] = {}
 
 
 def demonstrate(skill: Skill, seed: int, noise: float, side: int = IMAGE_SIDE) -> Demonstration:
     """Let the scripted expert do a task once, with noise on what is executed.
+
+    An episode in which the noise defeats the expert is thrown away and the next placement is tried.
 
     Args:
         skill: The task.
@@ -105,8 +119,18 @@ def demonstrate(skill: Skill, seed: int, noise: float, side: int = IMAGE_SIDE) -
         side: Side of the images in pixels.
 
     Raises:
-        RuntimeError: The expert did not succeed within ``MAX_EPISODE_STEPS``.
+        RuntimeError: The expert failed ``TRIES`` times within ``MAX_EPISODE_STEPS`` steps each.
     """
+    for attempt in range(TRIES):
+        episode = _attempt(skill, seed + attempt * RETRY_STRIDE, noise, side)
+        if episode is not None:
+            return episode
+    raise RuntimeError(
+        f"the expert of {skill.name} failed {TRIES} times in {MAX_EPISODE_STEPS} steps (seed {seed}, noise {noise})"
+    )
+
+
+def _attempt(skill: Skill, seed: int, noise: float, side: int) -> Demonstration | None:
     key = (skill.env_name, side)
     if key not in _worlds:  # building a world takes a third of a second
         _worlds[key] = World(skill, side)
@@ -116,7 +140,7 @@ def demonstrate(skill: Skill, seed: int, noise: float, side: int = IMAGE_SIDE) -
     images, states, actions = [], [], []
     observation = world.reset(seed)
     for _ in range(MAX_EPISODE_STEPS):
-        action = np.clip(expert.get_action(observation), -1, 1).astype(np.float32)
+        action = expert_action(expert, observation)
         images.append(world.image())
         states.append(observation[:STATE_DIM].astype(np.float32))
         actions.append(action)
@@ -125,4 +149,4 @@ def demonstrate(skill: Skill, seed: int, noise: float, side: int = IMAGE_SIDE) -
         observation, _, _, _, info = world.env.step(np.clip(executed, -1, 1))
         if info["success"]:
             return Demonstration(np.stack(images), np.stack(states), np.stack(actions))
-    raise RuntimeError(f"the expert of {skill.name} did not succeed in {MAX_EPISODE_STEPS} steps (seed {seed})")
+    return None

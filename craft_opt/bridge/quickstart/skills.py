@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from datasets import disable_progress_bars, enable_progress_bars
 from lerobot.datasets import LeRobotDataset
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from craft_opt.bridge.quickstart.simulation import (
     demonstrate,
 )
 
+WORKERS = 2  # processes that simulate; the parent, which writes images, keeps up with two
 IMAGE_KEY, STATE_KEY, ACTION_KEY = "observation.image", "observation.state", "action"
 
 
@@ -36,7 +38,7 @@ def features(side: int = IMAGE_SIDE) -> dict[str, Any]:
 
 
 def collect(
-    root: Path, repo_id: str, skills: Sequence[Skill], episodes: int, seed: int, *, workers: int = 2
+    root: Path, repo_id: str, skills: Sequence[Skill], episodes: int, seed: int, *, workers: int = WORKERS
 ) -> LeRobotDataset:
     """Record demonstrations of some skills into a new dataset.
 
@@ -60,6 +62,7 @@ def collect(
     partial.parent.mkdir(parents=True, exist_ok=True)
     writer = LeRobotDataset.create(repo_id=repo_id, fps=FPS, features=features(), root=partial, use_videos=False)
     jobs = [(skill, seed + i, NOISE_LEVELS[i % len(NOISE_LEVELS)]) for i in range(episodes) for skill in skills]
+    disable_progress_bars()  # one bar for the episodes, none for the writing of each
     # Spawned, not forked: the parent has torch's threads, which a fork copies in a broken state.
     with (
         ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
@@ -71,6 +74,7 @@ def collect(
                 writer.add_frame({IMAGE_KEY: image, STATE_KEY: state, ACTION_KEY: action, "task": skill.prompt})
             writer.save_episode()
             bar.update(1)
+    enable_progress_bars()
     writer.finalize()
     partial.rename(root)
     return LeRobotDataset(repo_id, root=root)
