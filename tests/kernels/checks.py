@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from craft_opt.kernels import surgery_adamw as kernel
+from craft_opt.kernels.layout import LaunchConfig
 
 from craft_opt import CraftConfig
 from tests.kernels.problems import (
@@ -76,6 +77,28 @@ class TestAgainstReference:
             step_and_compare(problem, Modes(), form)
 
 
+class TestReduction:
+    @pytest.mark.parametrize("numel", [8192, 8192 + 1024])
+    def test_every_tile_of_the_flat_buffers_counts_once(self, device, form, numel):
+        group = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.0}
+        config = LaunchConfig(block=512, reduce_block=1024)
+        problem = Problem([(dtype, numel, 0) for dtype in (F32, BF16)], [group], device=device, config=config)
+        problem.state()
+        for index in range(2):
+            # One power of four a tile: a tile left out or taken twice changes a digit of its own in each sum.
+            tile = (torch.arange(numel, device=device) // 1024).double()
+            problem.segment(index).copy_(2.0**tile)
+            problem.segment(index, retention=True).copy_(-(2.0**-tile) * (1 + index))
+        form.run(problem, Modes())
+        task = torch.cat([problem.segment(i).double() for i in range(2)])
+        ret = torch.cat([problem.segment(i, retention=True).double() for i in range(2)])
+        found = metrics(problem)
+        # Powers of two: every sum is exact.
+        assert found["tt"] == float(task @ task)
+        assert found["dot"] == float(task @ ret)
+        assert found["rr"] == float(ret @ ret)
+
+
 class TestSurgery:
     @pytest.mark.parametrize("merge", MERGES)
     def test_coefficients_in_every_rank_case_at_every_scale(self, device, form, merge):
@@ -133,6 +156,24 @@ class TestSurgery:
             form.run(problem, Modes(project=project))
             assert metrics(problem)["conflict"] == expected
             assert (metrics(problem)["b"] == 0.7) == (expected == 0.0)
+
+    def test_a_zero_retention_gradient_is_no_conflict_at_any_threshold(self, device, form):
+        problem = small_problem(device, seed=3)
+        problem.settings(conflict_threshold=0.5)
+        problem.present([True, True], [False, False])
+        problem.random_gradients()
+        problem.state()
+        form.run(problem, Modes())
+        assert metrics(problem)["conflict"] == 0.0
+        assert metrics(problem)["b"] == 0.7
+
+    @pytest.mark.parametrize(("merge", "expected"), [("weighted", 3.0), ("equal", 0.5), ("task_priority", 1.0)])
+    def test_what_lambda_above_one_weighs(self, device, form, merge, expected):
+        problem = small_problem(device, seed=3)
+        problem.random_gradients(lean=1.0)
+        problem.state(lam=3.0)
+        form.run(problem, Modes(merge))
+        assert metrics(problem)["b"] == expected
 
     def test_a_retention_gradient_of_subnormal_numbers_is_projected_without_inf_or_nan(self, device, form):
         problem = small_problem(device, seed=4)
