@@ -1,4 +1,5 @@
 import os
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -99,16 +100,13 @@ def test_the_environment_gives_what_a_demonstration_recorded():
 
 def test_images_between_two_looks_are_the_last_one():
     env = LightMetaworldEnv(DRAWER_CLOSE, render_every=3, side=16)
-    frames = [env.reset(seed=1)[0]["pixels"]]
-    for _ in range(6):
-        frames.append(env.step(np.ones(4, dtype=np.float32))[0]["pixels"])
-    same = [np.array_equal(a, b) for a, b in zip(frames, frames[1:], strict=False)]
+    action = np.ones(4, dtype=np.float32)
+    frames = [env.reset(seed=1)[0]["pixels"], *(env.step(action)[0]["pixels"] for _ in range(6))]
+    same = [np.array_equal(a, b) for a, b in pairwise(frames)]
     assert same == [True, True, False, True, True, False]
 
 
-def test_evaluation_counts_the_experts_success():
-    """LeRobot's eval_policy drives the environment: a policy that is the scripted expert must succeed everywhere."""
-
+def test_the_environment_reports_the_experts_success():
     env = LightMetaworldEnv(DRAWER_CLOSE, side=8)
     expert = getattr(metaworld.policies, DRAWER_CLOSE.expert)()
     _, info = env.reset(seed=11)

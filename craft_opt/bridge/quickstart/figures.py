@@ -82,7 +82,13 @@ def _draw_losses(axis: Axes, steps: Sequence[dict[str, Any]], measured: Sequence
     finite = [step for step in steps if step["loss"] is not None]
     axis.plot(_column(finite, "step"), _column(finite, "loss"), color=_TASK, lw=1, label="task loss")
     if measured:
-        axis.plot(_column(measured, "step"), _column(measured, "L_ret"), color=_RETENTION, lw=1, label="retention loss")
+        axis.plot(
+            _column(measured, "step"),
+            _column(measured, "retention_loss"),
+            color=_RETENTION,
+            lw=1,
+            label="retention loss",
+        )
     axis.set(title="Losses", xlabel="step", yscale="log")
     axis.legend()
 
