@@ -138,12 +138,16 @@ def pack_settings(
     """
     clip = 0.0 if max_grad_norm is None else float(max_grad_norm)
     row = [conflict_threshold, clip, lambda_lr, lambda_max, epsilon_start, epsilon_end, float(decay_steps), 0.0]
-    return torch.tensor(row, dtype=torch.float64)
+    return torch.tensor(row, dtype=torch.float64, device="cpu")
 
 
 def round_up(value: int, multiple: int) -> int:
     """Return the least multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
+
+
+# Explicitly on the CPU: a caller may have set another default device.
+_host_tensor = functools.partial(torch.tensor, device="cpu")
 
 
 class SurgeryPlan:
@@ -201,16 +205,31 @@ class SurgeryPlan:
                 self.tail_segments[segment.dtype].append(index)
         self.grad_numel = {dtype: round_up(end, _GRAD_MULTIPLE) for dtype, end in grad_end.items()}
         self.moment_numel = moment_end
-        self._first_tile = first_tile
         self.tail_order = [index for dtype in SUPPORTED_DTYPES for index in self.tail_segments[dtype]]
 
         owners = [pair for dtype in SUPPORTED_DTYPES for pair in tile_owner[dtype]]
         tile_seg = torch.repeat_interleave(
-            torch.tensor([index for index, _ in owners], dtype=torch.int32),
-            torch.tensor([tiles for _, tiles in owners], dtype=torch.int64),
+            _host_tensor([index for index, _ in owners], dtype=torch.int32),
+            _host_tensor([tiles for _, tiles in owners], dtype=torch.int64),
         )
         # Kernel arguments may not be empty tensors: Triton would see a null pointer.
         self.tile_seg = torch.cat([tile_seg, tile_seg.new_zeros(1)]).to(self.device)
+        # Host copies of the device tables. The columns, in the kernel's order: address, offsets in the gradient and
+        # moment buffers (all three as if the segment began at tile 0), end with and without retention, who is present,
+        # group, length of the tail. Tails: address, offsets, segment.
+        numel = _host_tensor([segment.numel for segment in self.segments], dtype=torch.int64)
+        self._itemsize = _host_tensor([segment.dtype.itemsize for segment in self.segments], dtype=torch.int64)
+        self._whole = numel // ALIGN * ALIGN
+        self._tile_start = _host_tensor(first_tile, dtype=torch.int64) * config.block
+        offsets = _host_tensor([self.grad_offset, self.moment_offset], dtype=torch.int64).T
+        self._host_table = torch.zeros((self.n_segments, TABLE_COLUMNS), dtype=torch.int64, device="cpu")
+        self._host_table[:, 1:3] = offsets - self._tile_start[:, None]
+        self._host_table[:, 6] = _host_tensor([segment.group for segment in self.segments])
+        self._host_table[:, 7] = numel % ALIGN
+        self._host_tails = torch.zeros((len(self.tail_order), TAIL_COLUMNS), dtype=torch.int64, device="cpu")
+        self._host_tails[:, 3] = _host_tensor(self.tail_order, dtype=torch.int64)
+        self._host_tails[:, 1:3] = (offsets + self._whole[:, None])[self._host_tails[:, 3]]
+
         new = functools.partial(torch.zeros, device=self.device)
         self.table = new((self.n_segments, TABLE_COLUMNS), dtype=torch.int64)
         self.tails = new((len(self.tail_order) + 1, TAIL_COLUMNS), dtype=torch.int64)
@@ -225,7 +244,7 @@ class SurgeryPlan:
         self.task_present: list[bool] | None = None
         self.retention_present: list[bool] | None = None
         self.groups: list[tuple[float, ...]] | None = None
-        self._stale_table = self._stale_tails = self._stale_groups = True
+        self._stale_addresses = self._stale_table = self._stale_groups = True
 
     def set_addresses(self, addresses: Sequence[int]) -> None:
         """Say where the parameters lie: `data_ptr()` of each, dense and 16-byte aligned.
@@ -244,7 +263,7 @@ class SurgeryPlan:
                     "give it a tensor of its own (`.clone()`) and copy back"
                 )
         self.addresses = addresses
-        self._stale_table = self._stale_tails = True
+        self._stale_addresses = True
 
     def set_present(self, task: Sequence[bool], retention: Sequence[bool]) -> None:
         """Say which parameters each loss reached; a parameter that neither reached is left untouched."""
@@ -273,10 +292,9 @@ class SurgeryPlan:
         if count != self.n_segments:
             raise ValueError(f"{name} has {count} entries for {self.n_segments} parameters")
 
-    def _upload(self, target: Tensor, rows: list[Any]) -> None:
-        host = torch.tensor(rows, dtype=target.dtype)
+    def _upload(self, target: Tensor, host: Tensor) -> None:
         if target.is_cuda:
-            # A fresh pinned block every time: torch's allocator hands it out again only once this copy is done.
+            # A fresh pinned copy every time: torch's allocator hands the block out again only once this copy is done.
             target.copy_(host.pin_memory(), non_blocking=True)
         else:
             target.copy_(host)
@@ -291,44 +309,24 @@ class SurgeryPlan:
             raise ValueError("set_addresses() and set_present() must be called before the first launch")
         if self.groups is None:
             raise ValueError("set_groups() must be called before the first launch")
+        if self._stale_addresses:
+            addresses = _host_tensor(self.addresses, dtype=torch.int64)
+            self._host_table[:, 0] = addresses - self._tile_start * self._itemsize
+            if self.tail_order:
+                self._host_tails[:, 0] = (addresses + self._whole * self._itemsize)[self._host_tails[:, 3]]
+                self._upload(self.tails[: len(self.tail_order)], self._host_tails)
+            self._stale_addresses = False
+            self._stale_table = True
         if self._stale_table:
-            rows = []
-            for index, segment in enumerate(self.segments):
-                task, retention = self.task_present[index], self.retention_present[index]
-                start = self._first_tile[index] * self.config.block
-                end = start + segment.numel // ALIGN * ALIGN
-                rows.append(
-                    [
-                        self.addresses[index] - start * segment.dtype.itemsize,
-                        self.grad_offset[index] - start,
-                        self.moment_offset[index] - start,
-                        end if task else 0,
-                        end if task or retention else 0,
-                        int(task) + 2 * int(retention),
-                        segment.group,
-                        segment.numel % ALIGN,
-                    ]
-                )
-            self._upload(self.table, rows)
+            task, retention = _host_tensor([self.task_present, self.retention_present])
+            end = self._tile_start + self._whole
+            self._host_table[:, 3] = end * task
+            self._host_table[:, 4] = end * (task | retention)
+            self._host_table[:, 5] = task + 2 * retention.long()
+            self._upload(self.table, self._host_table)
             self._stale_table = False
-        if self._stale_tails:
-            tails = []
-            for index in self.tail_order:
-                segment = self.segments[index]
-                start = segment.numel // ALIGN * ALIGN
-                tails.append(
-                    [
-                        self.addresses[index] + start * segment.dtype.itemsize,
-                        self.grad_offset[index] + start,
-                        self.moment_offset[index] + start,
-                        index,
-                    ]
-                )
-            if tails:
-                self._upload(self.tails[: len(tails)], tails)
-            self._stale_tails = False
         if self._stale_groups:
-            self._upload(self.group_table, self.groups)
+            self._upload(self.group_table, _host_tensor(self.groups, dtype=torch.float64))
             self._stale_groups = False
 
 
