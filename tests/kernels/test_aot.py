@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from craft_opt.kernels import aot
@@ -11,6 +15,8 @@ from craft_opt.kernels.layout import DEFAULT_CONFIG
 from tests.kernels.problems import BF16, F16, F32
 
 pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
 
 WATCHED = [
     Variant((F32,)),
@@ -99,3 +105,40 @@ def test_the_command_writes_a_report(tmp_path, capsys, monkeypatch):
     assert [report["variant"] for report in document["reports"]] == [variant.name for variant in WATCHED[:2]]
     assert document["config"]["block"] == DEFAULT_CONFIG.block
     assert "sm_90" in capsys.readouterr().out
+
+
+def test_the_report_is_about_the_kernel_that_a_launch_compiles():
+    # The launcher lets Triton derive signature and alignment from the arguments, the report writes them down. Without
+    # a GPU there is no driver to name a target, so a process of its own is given one; nothing is launched.
+    script = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Target:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(Target())
+from craft_opt.kernels import aot, surgery_adamw as kernel
+from craft_opt.kernels.layout import DEFAULT_CONFIG, SegmentSpec, SurgeryBuffers, SurgeryPlan
+
+plan = SurgeryPlan([SegmentSpec(torch.bfloat16, 1, 0), SegmentSpec(torch.bfloat16, 100_000, 0)], "cpu")
+constants = kernel.kernel_constants(
+    plan, phase=0, merge="weighted", project=True, schedule="linear", has_ret=True, amsgrad=False, soft_cast=False
+)
+arguments = kernel.kernel_arguments(plan, SurgeryBuffers.allocate(plan), 1)
+options = kernel.launch_options(DEFAULT_CONFIG, 0, 64)
+launched = kernel.surgery_adamw_kernel.warmup(*arguments, **constants, **options, grid=(1,))
+reported, _ = aot._source(aot.Variant((torch.bfloat16,), tails=True), DEFAULT_CONFIG)
+for name in ("signature", "attrs", "constants"):
+    assert getattr(launched.src, name) == getattr(reported, name), name
+assert launched.metadata.launch_cooperative_grid and launched.metadata.maxnreg == 64
+print("the same")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.stdout == "the same\n", done.stderr[-2000:]
