@@ -21,7 +21,7 @@ def test_both_ends_are_reached_exactly(schedule, start, end):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_epsilon_falls_monotonically_between_its_ends(schedule):
-    config = CraftConfig(epsilon_schedule=schedule, epsilon_decay_steps=50)
+    config = CraftConfig(epsilon_schedule=schedule, epsilon_start=1.0, epsilon_end=0.1, epsilon_decay_steps=50)
     values = [epsilon_schedule(t, config).item() for t in range(60)]
     assert all(a >= b for a, b in itertools.pairwise(values))
     assert max(values) == 1.0
@@ -36,7 +36,7 @@ def test_the_logged_example_of_the_contract():
 
 def test_halfway_values():
     def half(schedule):
-        config = CraftConfig(epsilon_schedule=schedule, epsilon_decay_steps=10)
+        config = CraftConfig(epsilon_schedule=schedule, epsilon_start=1.0, epsilon_end=0.1, epsilon_decay_steps=10)
         return epsilon_schedule(5, config).item()
 
     assert half("linear") == pytest.approx(0.55, rel=1e-15)
