@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks import harness
 from benchmarks.harness import Problem
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+LOAD = pytest.StashKey[tuple[float, float, float]]()
 
 
 def pytest_addoption(parser):
@@ -24,6 +26,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    config.stash[LOAD] = os.getloadavg()
 
 
 def chosen_runs(config):
@@ -105,7 +108,9 @@ def pytest_sessionfinish(session):
     rows = session.config.stash[ROWS]
     if rows:
         session.config.stash[ROWS] = []
-        session.config.results_file = harness.write_results(rows, session.config.getoption("--results"))
+        session.config.results_file = harness.write_results(
+            rows, session.config.stash[LOAD], session.config.getoption("--results")
+        )
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -382,6 +382,14 @@ def cpu_model() -> str:
     return found.group(1).strip() if found else "unknown"
 
 
+def scheduling() -> str:
+    """How this process competes for the cores: a real-time class keeps a busy machine's other processes out of it."""
+    if not hasattr(os, "sched_getscheduler"):
+        return "unknown"
+    names = {getattr(os, n): n for n in ("SCHED_OTHER", "SCHED_BATCH", "SCHED_IDLE", "SCHED_FIFO", "SCHED_RR")}
+    return names.get(os.sched_getscheduler(0), "unknown")
+
+
 def machine() -> dict[str, Any]:
     """Name the machine: kind, processor, accelerator, versions. No host names, no addresses."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -392,7 +400,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": cores,
         "threads": torch.get_num_threads(),
-        "load_before": [round(x, 2) for x in os.getloadavg()],
+        "scheduling": scheduling(),
         "python": platform.python_version(),
     }
     for package in ("torch", "triton", "torchjd", "pytorch-optimizer", "conflictfree"):
@@ -423,17 +431,20 @@ def commit() -> str:
         return "unknown"
 
 
-def write_results(rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+def write_results(rows: list[dict[str, Any]], load_before: Sequence[float], folder: Path = RESULTS) -> Path:
     """Write a results file named after day, time and device, and return its path."""
     about = machine()
     now = datetime.datetime.now(datetime.UTC)
     program = Path(sys.argv[0]).name
+    # Where the file goes is no part of what was measured, and may be a path of this machine.
+    arguments = re.sub(r"--results[= ]\S+ ?", "", " ".join(sys.argv[1:])).strip()
     document = {
         "format": FORMAT,
         "date": now.isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": " ".join(["python -m pytest" if program == "__main__.py" else program, *sys.argv[1:]]),
+        "command": f"{'python -m pytest' if program == '__main__.py' else program} {arguments}",
         **about,
+        "load_before": [round(x, 2) for x in load_before],
         "rows": rows,
     }
     slug = re.sub(r"[^a-z0-9]+", "-", (about.get("gpu") or about["machine"]).lower()).strip("-")

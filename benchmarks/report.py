@@ -6,6 +6,7 @@ Writes FILE.md and FILE.png beside it and prints the table.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -64,9 +65,9 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         f"# Optimizer step, {document['date'][:10]}",
         "",
-        f"{device}{document['machine']} ({document['cpu']}), {document['threads']} threads, load before the run "
-        f"{document['load_before'][0]}; torch {document['torch']}, triton {document['triton']}, Python "
-        f"{document['python']}; commit {document['commit'][:12]}; `{document['command']}`",
+        f"{device}{document['machine']} ({document['cpu']}), {document['threads']} threads, {document['scheduling']}, "
+        f"load before the run {document['load_before'][0]}; torch {document['torch']}, triton {document['triton']}, "
+        f"Python {document['python']}; commit {document['commit'][:12]}; `{document['command']}`",
         "",
         "Times are medians (20th to 80th percentile), from two gradients in `.grad` to updated parameters. GB/s counts "
         "the bytes that the work cannot do without (surgery + AdamW: 40 a parameter in fp32, 28 in bf16), so it is "
@@ -138,7 +139,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     panels = sorted({(device, "mixed" if p == "mixed" else p) for device, _, p in groups})
     # pi0_fast is mixed, nearly all bf16: it belongs to the bf16 panel.
     panels = [panel for panel in panels if panel[1] != "mixed"] or panels
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 6.5), squeeze=False, sharey="row")
     colors: dict[str, Any] = {}
     for ax, (device, precision) in zip(axes[0], panels, strict=True):
         series: dict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -155,17 +156,21 @@ def draw(document: dict[str, Any], path: Path) -> None:
                 ax.plot(x, y, color="black", linewidth=2, label="copy bandwidth")
                 ax.fill_between(x, y, [2 * max(y)] * len(y), color="0.93", zorder=0)
                 continue
-            color = colors.setdefault(name, f"C{len(colors) % 10}")
+            color = colors.setdefault(name, mpl.colormaps["tab20"]((2 * len(colors) + len(colors) // 10) % 20))
             marker, line = STYLES[row["kind"]]
             width = 2.5 if row["kind"] == "ours" else 1.2
             ax.plot(x, y, marker=marker, linestyle=line, color=color, linewidth=width, markersize=5, label=row["title"])
         ax.set(xscale="log", yscale="log", xlabel="parameters", title=f"{device}, {precision}")
         ax.grid(alpha=0.3, which="both")
-        ax.legend(fontsize=7, loc="lower left")
     axes[0][0].set_ylabel("GB/s over the bytes that the work needs")
     name = document.get("gpu") or f"{document['machine']} ({document['cpu']})"
     figure.suptitle(f"Optimizer step, {name}, {document['date'][:10]}", fontsize=10)
-    figure.tight_layout()
+    labels: dict[str, Any] = {}
+    for ax in axes[0]:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    figure.tight_layout(rect=(0, 0.04 + 0.033 * math.ceil(len(labels) / 2), 1, 1))
+    figure.legend(list(labels.values()), list(labels), loc="lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": ""})
     plt.close(figure)
 
