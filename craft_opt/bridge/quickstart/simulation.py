@@ -3,7 +3,10 @@
 Worker processes import this file, and LeRobot alone takes ten seconds to import.
 """
 
+import functools
+import multiprocessing
 import os
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -72,11 +75,17 @@ class Demonstration:
     actions: NDArray[np.float32]
 
 
+@functools.cache
+def _benchmark(env_name: str) -> Any:
+    # Shared by the worlds of a task: it places objects for 50 variations, nine tenths of the time to build a world.
+    return metaworld.MT1(env_name, seed=42)
+
+
 class World:
     """A MetaWorld task with random object positions from a seed, and a camera that needs no OpenGL."""
 
     def __init__(self, skill: Skill, side: int = IMAGE_SIDE) -> None:
-        benchmark = metaworld.MT1(skill.env_name, seed=42)
+        benchmark = _benchmark(skill.env_name)
         self.env = benchmark.train_classes[skill.env_name](camera_name=CAMERA)
         self.env.set_task(benchmark.train_tasks[0])
         self.env.model.cam_pos[2] = [0.75, 0.075, 0.7]  # closer to the table, as in LeRobot's environment
@@ -102,6 +111,18 @@ def expert_action(expert: Any, observation: NDArray[np.float64]) -> NDArray[np.f
         # The experts warn that MetaWorld clips what they ask for; that is how they are written.
         warnings.filterwarnings("ignore", message="Constant.s. may be too high")
         return np.clip(expert.get_action(observation), -1, 1).astype(np.float32)
+
+
+def end_with_parent() -> None:
+    """Let a worker process end when the one that started it is killed; its pool would let it wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a worker process"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 _worlds: dict[tuple[str, int], World] = {}
@@ -132,7 +153,7 @@ def demonstrate(skill: Skill, seed: int, noise: float, side: int = IMAGE_SIDE) -
 
 def _attempt(skill: Skill, seed: int, noise: float, side: int) -> Demonstration | None:
     key = (skill.env_name, side)
-    if key not in _worlds:  # building a world takes a third of a second
+    if key not in _worlds:
         _worlds[key] = World(skill, side)
     world = _worlds[key]
     expert = getattr(metaworld.policies, skill.expert)()

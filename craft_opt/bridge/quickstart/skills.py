@@ -21,6 +21,7 @@ from craft_opt.bridge.quickstart.simulation import (
     STATE_DIM,
     Skill,
     demonstrate,
+    end_with_parent,
 )
 
 WORKERS = 2  # processes that simulate; the parent, which writes images, keeps up with two
@@ -65,7 +66,9 @@ def collect(
     disable_progress_bars()  # one bar for the episodes, none for the writing of each
     # Spawned, not forked: the parent has torch's threads, which a fork copies in a broken state.
     with (
-        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(
+            workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
+        ) as pool,
         tqdm(total=len(jobs), desc=f"Demonstrations ({repo_id})", unit="episode") as bar,
     ):
         # map keeps the order of the jobs, so the dataset does not depend on which worker is faster.
