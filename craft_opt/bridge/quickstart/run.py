@@ -126,6 +126,7 @@ class Quickstart:
         self.kept = Kept(output / "kept")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.seconds: dict[str, float] = {}
+        self.peak_gib = 0.0
 
     def run(self) -> Path:
         """Do what is left to do, print the table, and return the folder of the run."""
@@ -136,6 +137,7 @@ class Quickstart:
         old_data = self._stage(1, f"Demonstrations of the old skills ({old})", self._old_demonstrations)
         new_data = self._stage(2, f"Demonstrations of the new skill ({new})", self._new_demonstrations)
         held_out = self._stage(3, "Demonstrations held out for measuring", self._held_out_demonstrations)
+        self.peak_gib = _memory_with_workers()  # the workers are gone in the stages that follow
         teacher = self._stage(4, f"Teacher: pre-training on {old}", lambda: self._teacher(old_data))
         rollouts = f"{settings.rollouts} episodes of each skill"
         before = self._stage(5, f"Measuring the teacher ({rollouts})", lambda: self._before(teacher, held_out))
@@ -274,7 +276,7 @@ class Quickstart:
             "before": [asdict(score) for score in before],
             "after": [asdict(score) for score in after],
             "seconds": {**self.seconds, "total": seconds},
-            "peak_memory_gib": _peak_memory(),
+            "peak_memory_gib": self._peak_memory(),
             "torch_threads": torch.get_num_threads(),
         }
         # Last, because its presence says that the run is finished.
@@ -290,12 +292,17 @@ class Quickstart:
             ("kept for the next run", self.kept.folder),
         ):
             say(f"{name}: {path}")
-        say(f"{seconds / 60:.1f} minutes, {_peak_memory():.1f} GiB at most")
+        say(f"{seconds / 60:.1f} minutes, {self._peak_memory():.1f} GiB at most")
+
+    def _peak_memory(self) -> float:
+        return max(self.peak_gib, _largest(resource.RUSAGE_SELF))
 
 
-def _peak_memory() -> float:
-    """Upper bound of the memory held at one time, GiB: this process and as many of the largest worker as run."""
+def _largest(who: int) -> float:
+    """Largest resident memory of this process, or of its largest worker, so far, GiB."""
     unit = 2**30 if sys.platform == "darwin" else 2**20  # Linux counts in KiB, macOS in bytes
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return (own + WORKERS * worker) / unit
+    return resource.getrusage(who).ru_maxrss / unit
+
+
+def _memory_with_workers() -> float:
+    return _largest(resource.RUSAGE_SELF) + WORKERS * _largest(resource.RUSAGE_CHILDREN)
