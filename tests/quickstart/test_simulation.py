@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from craft_opt.bridge.quickstart.env import Evaluator, LightMetaworldEnv
+from craft_opt.bridge.quickstart.env import LightMetaworldEnv
 from craft_opt.bridge.quickstart.renderer import RayRenderer
 from craft_opt.bridge.quickstart.simulation import (
     DRAWER_CLOSE,
@@ -117,17 +117,6 @@ def test_the_environment_reports_the_experts_success():
         if terminated:
             break
     assert info["final_info"]["is_success"]
-
-
-def test_an_untrained_policy_fails_and_is_counted(tmp_path):
-    from tests.quickstart.support import make_tiny_dataset, make_tiny_policy
-
-    policy, pre, post = make_tiny_policy(make_tiny_dataset(tmp_path / "data"))
-    evaluator = Evaluator(envs=2, chunk=4)
-    policy.eval()
-    done = evaluator.success(policy, pre, post, DRAWER_CLOSE, 2, seed=1)
-    evaluator.close()
-    assert done == [False, False]
 
 
 def test_no_display_is_asked_for():

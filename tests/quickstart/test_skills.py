@@ -46,8 +46,7 @@ def dying_save(self, *args, **kwargs):
     saved.append(True)
 
 LeRobotDataset.save_episode = dying_save
-if __name__ == "__main__":
-    collect(Path(sys.argv[1]), REPO, SKILLS, EPISODES, SEED)
+collect(Path(sys.argv[1]), REPO, SKILLS, EPISODES, SEED)
 """
 
 
@@ -110,11 +109,11 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path):
 
 
 def test_a_killed_collection_leaves_nothing_under_the_name_and_is_made_whole(recorded, tmp_path):
-    program, root = tmp_path / "killed.py", tmp_path / "data"
-    program.write_text(KILLED)
+    root = tmp_path / "data"
     done = subprocess.run(
-        [sys.executable, str(program), str(root)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        [sys.executable, "-c", KILLED, str(root)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

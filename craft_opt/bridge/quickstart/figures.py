@@ -99,8 +99,9 @@ def _draw_dual(axis: Axes, measured: Sequence[dict[str, Any]]) -> None:
         _empty(axis)
         return
     steps = _column(measured, "step")
-    axis.plot(steps, _column(measured, "lambda"), color=_LAMBDA, label="λ (left)")
-    axis.set_ylim(bottom=0)
+    lam = _column(measured, "lambda")
+    axis.plot(steps, lam, color=_LAMBDA, label="λ (left)")
+    axis.set_ylim(0, 1.1 * max(lam) or 1.0)  # a λ that hardly moves would otherwise lie on the frame
     right = axis.twinx()
     right.plot(steps, _column(measured, "retention_loss"), color=_RETENTION, lw=1, label="L_ret (right)")
     right.plot(steps, _column(measured, "epsilon"), color="black", ls="--", lw=1, label="ε (right)")
