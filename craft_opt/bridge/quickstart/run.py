@@ -38,7 +38,7 @@ from craft_opt.bridge.quickstart.teacher import make_teacher
 DEFAULT_OUTPUT = Path("outputs/quickstart")
 OLD_REPO, NEW_REPO, HELD_OUT_REPO = "craft/old-skills", "craft/new-skill", "craft/held-out"
 # What the quickstart sets unless the command line does: anchors are cheap at this size, so retention runs every step.
-CRAFT_DEFAULTS: dict[str, Any] = {"anchor_batch_size": 16, "retention_freq": 1}
+CRAFT_DEFAULTS: dict[str, Any] = {"anchor_batch_size": 32, "retention_freq": 1}
 SETTINGS_FILE, RESULT_FILE = "settings.json", "result.json"
 DRY_RUN: dict[str, Any] = {
     "episodes": 2,
