@@ -191,15 +191,21 @@ class Quickstart:
 
     def _before(self, teacher: Path, held_out: Path) -> list[SkillScore]:
         settings = self.settings
-        file = self.kept.path("before", teacher=teacher.name, data=held_out.name, rollouts=settings.rollouts)
+        rollouts = (settings.rollouts, self._rollout_seed, self.device)
+        file = self.kept.path("before", teacher=teacher.name, data=held_out.name, rollouts=rollouts)
         if not self._have(file):
             save_scores(file, self._measure(teacher, held_out))
         return load_scores(file)
 
     def _measure(self, policy: Path, held_out: Path) -> list[SkillScore]:
         settings = self.settings
-        seed = ROLLOUT_SEED + settings.first_seed(0)
-        return measure(policy, settings.skills, held_out, HELD_OUT_REPO, settings.rollouts, seed, self.device)
+        return measure(
+            policy, settings.skills, held_out, HELD_OUT_REPO, settings.rollouts, self._rollout_seed, self.device
+        )
+
+    @property
+    def _rollout_seed(self) -> int:
+        return ROLLOUT_SEED + self.settings.first_seed(0)
 
     def _anchors(self, teacher: Path, data: Path) -> Path:
         settings = self.settings
