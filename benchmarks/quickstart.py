@@ -45,7 +45,8 @@ def wilson(successes: int, rollouts: int, z: float = 1.96) -> tuple[float, float
     rate, squared = successes / rollouts, z * z
     centre = (rate + squared / (2 * rollouts)) / (1 + squared / rollouts)
     half = z / (1 + squared / rollouts) * math.sqrt(rate * (1 - rate) / rollouts + squared / (4 * rollouts**2))
-    return centre - half, centre + half
+    # Rounding must not leave [0, 1] where all or none succeeded.
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def table(cells: Sequence[dict[str, Any]], old: int) -> str:
