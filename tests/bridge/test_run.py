@@ -44,7 +44,8 @@ def metrics_of(output_dir):
 def test_a_dry_run_from_the_command_line(world, tmp_path, capsys):
     """Banner, step lines, metrics file: what a monitor greps."""
     output = tmp_path / "out"
-    argv = [*world.flags(output), "--retention-mode", "hidden", "--steps=500", "--dry-run", "craft.epsilon_end=0.5"]
+    settings = ["craft.lambda_lr=0.01", "craft.epsilon_start=1.0", "craft.epsilon_end=0.5"]
+    argv = [*world.flags(output), "--retention-mode", "hidden", "--steps=500", "--dry-run", *settings]
     assert cli.main(argv) == 0
     shown = capsys.readouterr().out.splitlines()
     banner = [
