@@ -1,6 +1,6 @@
 """Run the quickstart for several seeds with and without retention, and write one results file.
 
-``python -m benchmarks.quickstart --seeds 0 1 2``: about ten minutes a seed on two cores. Runs that are finished already
+``python -m benchmarks.quickstart --seeds 0 1 2``: about seven minutes a seed on two cores. Runs that are finished already
 in the output folder are taken as they are; a stopped one goes on where it was.
 """
 

@@ -131,7 +131,7 @@ def _draw_success(axis: Axes, before: Sequence[SkillScore], after: Sequence[Skil
         bars = axis.bar([x + offset for x in places], [s.success for s in scores], 0.38, color=colour, label=label)
         axis.bar_label(bars, fmt="%.2f")
     names = [f"{s.skill}\n({'old' if i < old else 'new'})" for i, s in enumerate(before)]
-    axis.set(title=f"Success in closed loop ({before[0].rollouts} episodes each)", ylim=(0, 1.15))
+    axis.set(title=f"Success in closed loop ({before[0].rollouts} episodes each)", ylim=(0, 1.3))
     axis.set_xticks(places, names)
     axis.legend(loc="upper center", ncols=2)
 
