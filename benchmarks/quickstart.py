@@ -1,7 +1,7 @@
 """Run the quickstart for several seeds with and without retention, and write one results file.
 
-``python -m benchmarks.quickstart --seeds 0 1 2``: about seven minutes a seed on two cores. Runs that are finished in the
-output folder already are taken as they are; a stopped one goes on where it was.
+``python -m benchmarks.quickstart --seeds 0 1 2``: about seven minutes a seed on two cores.
+Runs that are finished in the output folder already are taken as they are; a stopped one goes on where it was.
 """
 
 from __future__ import annotations
