@@ -45,7 +45,8 @@ class CraftOptimizer(Optimizer):
 
     Args:
         params: Parameters or param groups, as for ``torch.optim.AdamW``; fp32, bf16 or fp16, on CPU or CUDA.
-        lr: Learning rate, a number or a 1-element tensor; one on a CUDA device is read in every step, which waits for it.
+        lr: Learning rate, a number or a 1-element tensor; a tensor on a CUDA device is read in every step, which waits
+            for it.
         betas: Decay of the first and second moment, in [0, 1).
         eps: Added to the denominator, at least 0.
         weight_decay: Decoupled decay, at least 0.
