@@ -188,10 +188,6 @@ class TorchBackend:
 class TritonBackend:
     """The step in one kernel launch; several devices take its two-phase form."""
 
-    def __init__(self) -> None:
-        """Nothing is compiled or queried before the first step."""
-        self._settings: dict[torch.device, Rule] = {}
-
     def step(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule, has_ret: bool) -> None:
         """Everything in one launch."""
         self._prepare(layout, groups, rule)
@@ -231,7 +227,7 @@ class TritonBackend:
                 for group in groups
             ]
         )
-        if self._settings.get(layout.device) != rule:
+        if layout.uploaded_rule != rule:
             config = rule.config
             settings = kernel.pack_settings(
                 conflict_threshold=config.conflict_threshold,
@@ -243,7 +239,7 @@ class TritonBackend:
                 decay_steps=rule.decay_steps,
             )
             layout.buffers.settings.copy_(settings)
-            self._settings[layout.device] = rule
+            layout.uploaded_rule = rule
 
     @staticmethod
     def _constants(layout: DeviceLayout, rule: Rule, has_ret: bool) -> dict[str, Any]:

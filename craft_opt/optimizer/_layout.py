@@ -65,6 +65,8 @@ class DeviceLayout:
         self.buffers = SurgeryBuffers.allocate(self.plan, amsgrad=amsgrad, retention=False)
         self.task_present: list[bool] = []
         self.ret_present: list[bool] = []
+        # What buffers.settings holds. It lives and dies with them: a backend outlives a layout that is built again.
+        self.uploaded_rule: object = None
         self.slots = [self._make_slot(i, p, group) for i, (p, group) in enumerate(params)]
 
     def _make_slot(self, i: int, p: Tensor, group: int) -> Slot:

@@ -40,12 +40,16 @@ def run(backend, config, amsgrad, every, amp, poison):
     opt = CraftOptimizer(groups(model), config=config, backend=backend, amsgrad=amsgrad, total_steps=4)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=amp)
     log = []
+    late = torch.nn.Parameter(torch.ones(5))
     for i, batch in enumerate(batches(4)):
+        if i == 2:
+            # The buffers are laid out afresh: settings, moments and λ must come along.
+            opt.add_param_group({"params": [late], "lr": 1e-2})
         if i % every == 0:
             loss = ret_loss(model, batch) + model.only_ret.square().sum()
             with opt.retention(loss):
                 scaler.scale(loss).backward()
-        scaler.scale(task_loss(model, batch)).backward()
+        scaler.scale(task_loss(model, batch) + (late.square().sum() if i >= 2 else 0.0)).backward()
         if poison and i == 1:
             model.body.bias.grad[2] = torch.nan
         scaler.step(opt)
