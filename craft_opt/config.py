@@ -8,6 +8,14 @@ RETENTION_MODES = ("hidden", "token_ce")
 RETENTION_LOSSES = ("nmse", "mse", "cosine", "l1")
 EPSILON_SCHEDULES = ("linear", "cosine", "exponential")
 PROJECTION_MODES = ("weighted", "equal", "task_priority")
+TOKEN_LOSSES = ("kl", "ce")
+LAMBDA_CONTROLLERS = ("ascent", "nupi")
+EPSILON_MODES = ("schedule", "auto")
+OFF_STEPS = ("skip", "reuse")
+BF16_ROUNDINGS = ("nearest", "stochastic")
+# A running average with a decay of 1 would never move, and ε as no fraction of the drift would never be met.
+BELOW_ONE = 1.0 - 1e-6
+SMALLEST_FRACTION = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,26 @@ class CraftConfig:
         conflict_threshold: A cosine in [-1, 1]; the gradients conflict when their cosine is below it.
         projection_mode: How the gradients merge: ``weighted`` (g_t' + λ g_r), ``equal`` (½ (g_t' + g_r)) or
             ``task_priority`` (g_t' + min(λ, 1) g_r).
+        anchor_cache_weights: Weights of the caches where ``anchor_cache_dir`` names several, as text with commas,
+            such as ``2,1``; empty means equal weights. They are normalised to a sum of 1.
+        token_loss: Distance for ``token_ce``: ``kl`` (to the teacher's stored top-k distribution) or ``ce`` (CE of the
+            stored tokens minus the teacher's own CE); both are 0 where nothing has drifted.
+        off_steps: What happens between the steps that measure retention: ``skip`` (plain AdamW) or ``reuse`` (project
+            against, and merge, the last retention gradient, which still lies in its buffer).
+        reuse_decay: Factor in [0, 1] on the reused retention gradient for every step of its age.
+        lambda_controller: ``ascent`` (the rule of ``lambda_lr`` above) or ``nupi`` (a PI controller, arXiv 2406.04558,
+            with ``lambda_lr`` as the integral gain).
+        nupi_kp: Proportional gain of ``nupi``, at least 0.
+        nupi_nu: ν of ``nupi`` in [0, 1): decay of the running average of the violation under the proportional gain.
+        retention_ema: Decay in [0, 1) of a running average of L_ret that λ is held against; 0 takes L_ret as it is.
+        epsilon: ``schedule`` (``epsilon_start`` to ``epsilon_end``) or ``auto``: the training loop measures the drift
+            of a short naive run and sets both ends to fractions of it.
+        epsilon_auto_fraction: ε at the end of the schedule under ``auto``, as a fraction of that drift, in (0, 1];
+            ε at the start is twice as much.
+        epsilon_auto_steps: Length of the naive run in steps, at least 1.
+        bf16_rounding: How an updated bf16 parameter is rounded from fp32: ``nearest`` or ``stochastic``, which moves
+            it by less than half a unit in the last place with the right probability.
+        rounding_seed: Seed of the stochastic rounding, in [0, 2^31).
 
     Raises:
         ValueError: A value is out of its range; the message has the field, the value and what is allowed.
@@ -65,6 +93,19 @@ class CraftConfig:
     use_grad_projection: bool = True
     conflict_threshold: float = -0.1
     projection_mode: str = "weighted"
+    anchor_cache_weights: str = ""
+    token_loss: str = "kl"
+    off_steps: str = "skip"
+    reuse_decay: float = 1.0
+    lambda_controller: str = "ascent"
+    nupi_kp: float = 1.0
+    nupi_nu: float = 0.0
+    retention_ema: float = 0.0
+    epsilon: str = "schedule"
+    epsilon_auto_fraction: float = 0.2
+    epsilon_auto_steps: int = 50
+    bf16_rounding: str = "nearest"
+    rounding_seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse every value that the method does not define."""
@@ -74,6 +115,11 @@ class CraftConfig:
         _check_choice("retention_loss", self.retention_loss, RETENTION_LOSSES)
         _check_choice("epsilon_schedule", self.epsilon_schedule, EPSILON_SCHEDULES)
         _check_choice("projection_mode", self.projection_mode, PROJECTION_MODES)
+        _check_choice("token_loss", self.token_loss, TOKEN_LOSSES)
+        _check_choice("off_steps", self.off_steps, OFF_STEPS)
+        _check_choice("lambda_controller", self.lambda_controller, LAMBDA_CONTROLLERS)
+        _check_choice("epsilon", self.epsilon, EPSILON_MODES)
+        _check_choice("bf16_rounding", self.bf16_rounding, BF16_ROUNDINGS)
         _check_range("anchor_batch_size", self.anchor_batch_size, 1)
         _check_range("retention_freq", self.retention_freq, 1)
         _check_range("epsilon_decay_steps", self.epsilon_decay_steps, 0)
@@ -83,6 +129,13 @@ class CraftConfig:
         _check_range("epsilon_start", self.epsilon_start, 0.0)
         _check_range("epsilon_end", self.epsilon_end, 0.0)
         _check_range("conflict_threshold", self.conflict_threshold, -1.0, 1.0)
+        _check_range("reuse_decay", self.reuse_decay, 0.0, 1.0)
+        _check_range("nupi_kp", self.nupi_kp, 0.0)
+        _check_range("nupi_nu", self.nupi_nu, 0.0, BELOW_ONE)
+        _check_range("retention_ema", self.retention_ema, 0.0, BELOW_ONE)
+        _check_range("epsilon_auto_fraction", self.epsilon_auto_fraction, SMALLEST_FRACTION, 1.0)
+        _check_range("epsilon_auto_steps", self.epsilon_auto_steps, 1)
+        _check_range("rounding_seed", self.rounding_seed, 0, 2**31 - 1)
         if self.epsilon_schedule == "exponential" and min(self.epsilon_start, self.epsilon_end) <= 0:
             raise ValueError(
                 f"epsilon_schedule='exponential' needs epsilon_start and epsilon_end above 0, got "
