@@ -1,21 +1,24 @@
 """Retention losses and pooling of hidden features: pure tensor functions.
 
 Source: matching the hidden features of a frozen teacher is feature distillation (Romero et al., "FitNets",
-arXiv 1412.6550); used against forgetting in Li and Hoiem, "Learning without Forgetting" (arXiv 1606.09282, on outputs).
-Deviation: ``nmse`` divides by the variance of the teacher's features over the whole cache, so that one ε means the
-same drift for every policy and layer.
+arXiv 1412.6550); matching its outputs is distillation (Hinton et al., arXiv 1503.02531), used against forgetting in Li
+and Hoiem, "Learning without Forgetting" (arXiv 1606.09282).
+Deviations: ``nmse`` divides by the variance of the teacher's features over the whole cache, so that one ε means the
+same drift for every policy and layer; the losses of tokens are 0 at the teacher, so that they measure drift.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from craft_opt.config import RETENTION_LOSSES
 
 POOLINGS = ("mean_image_tokens", "mean_masked", "last_token", "cls_token", "action_tokens", "none")
+# Probabilities near 1 round at 2^-24; a handful of them are summed.
+TAIL_ROUNDING = 2.0**-21
 
 
 def feature_loss(
@@ -117,6 +120,116 @@ def pool_features(
     # Zeroing before the sum, not multiplying: padding may hold inf or NaN, and NaN * 0 is NaN.
     kept = torch.where(chosen.unsqueeze(-1), hidden.float(), 0.0)
     return (kept.sum(dim=1) / count.clamp(min=1).unsqueeze(-1)).to(hidden.dtype), count > 0
+
+
+def token_kl(
+    logits: Float[Tensor, "batch tokens vocabulary"],
+    top_ids: Int[Tensor, "batch tokens top"],
+    top_logprobs: Float[Tensor, "batch tokens top"],
+    mask: Bool[Tensor, "batch tokens"],
+) -> Float[Tensor, ""]:
+    """Return KL(teacher || student) over the teacher's top tokens and one bucket for all others, nats a token.
+
+    ``Σ_c p_c log(p_c / q_c) − p_c + q_c`` over the k top tokens and the bucket; p the teacher's, q the student's. Both
+    sum to 1, so the last two terms add nothing: they keep every summand at or above 0, and the gradient exactly 0 where
+    p = q, although the teacher's mass outside its top tokens is known only as what the stored ones leave over (below 2^-21 of it is rounding, and taken for none).
+
+    Args:
+        logits: Of the policy in training, any floating dtype; position i predicts what ``top_ids[:, i]`` are about.
+        top_ids: The teacher's most probable tokens, none of them twice, 1 <= k <= vocabulary.
+        top_logprobs: Their log-probabilities under the teacher, any floating dtype.
+        mask: True where a position counts.
+
+    Returns:
+        The mean over the positions that count, fp32, shape (). 0 when none counts.
+
+    Raises:
+        ValueError: The shapes do not belong together.
+
+    Source: Hinton et al. (arXiv 1503.02531), equation 1 at temperature 1, and Li and Hoiem (arXiv 1606.09282), equation
+    2. Deviation: the tail of the vocabulary is one outcome. Merging outcomes never raises a KL, so this is a lower
+    bound of the full one.
+
+    Example:
+        >>> probabilities = torch.tensor([[[0.5, 0.3, 0.2]]])
+        >>> top = probabilities.log()[..., :1]
+        >>> counts = torch.ones(1, 1, dtype=torch.bool)
+        >>> abs(token_kl(probabilities.log(), torch.tensor([[[0]]]), top, counts).item()) < 1e-6
+        True
+    """
+    _check_tokens(logits, mask)
+    if top_ids.shape != top_logprobs.shape or top_ids.shape[:2] != mask.shape:
+        raise ValueError(
+            f"top_ids and top_logprobs must have shape ({mask.shape[0]}, {mask.shape[1]}, k), got "
+            f"{tuple(top_ids.shape)} and {tuple(top_logprobs.shape)}"
+        )
+    # Only the positions that count are looked at: padding may hold inf, and the gradient of inf * 0 is NaN.
+    log_all = functional.log_softmax(logits[mask].float(), dim=-1)
+    ids, log_p = top_ids[mask], top_logprobs[mask].detach().float()
+    p, log_q = log_p.exp(), log_all.gather(-1, ids)
+    if ids.shape[-1] < logits.shape[-1]:
+        # Summed over the tail itself: 1 − Σ exp(log_q) has no correct digit where the top tokens hold nearly all.
+        tail_log_q = log_all.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        tail_p = 1.0 - p.sum(dim=-1, keepdim=True)
+        # What is left may be rounding alone, whose logarithm means nothing.
+        tail_p = torch.where(tail_p > TAIL_ROUNDING, tail_p, 0.0)
+        p, log_q = torch.cat([p, tail_p], dim=-1), torch.cat([log_q, tail_log_q], dim=-1)
+        log_p = torch.cat([log_p, tail_p.log()], dim=-1)
+    surprise = torch.where(p > 0, p * (log_p - log_q), 0.0)
+    per_position = (surprise - p + log_q.exp()).sum(dim=-1)
+    return per_position.sum() / mask.sum().clamp(min=1)
+
+
+def token_ce_above(
+    logits: Float[Tensor, "batch tokens vocabulary"],
+    tokens: Int[Tensor, "batch tokens"],
+    mask: Bool[Tensor, "batch tokens"],
+    teacher_ce: Float[Tensor, "batch"],
+) -> Float[Tensor, ""]:
+    """Return the student's cross-entropy of stored tokens minus the teacher's own, nats a token.
+
+    ``mean_b (mean_i −log q(y_bi) − CE_b)``: 0 at the teacher. It falls below 0 where the student is surer of the tokens
+    than the teacher was; in expectation over tokens drawn from the teacher it is KL(teacher || student).
+
+    Args:
+        logits: Of the policy in training, any floating dtype; position i predicts ``tokens[:, i]``.
+        tokens: The stored tokens; anything where the mask is False.
+        mask: True where a position counts.
+        teacher_ce: The teacher's own mean cross-entropy of each sample's tokens.
+
+    Returns:
+        The mean over the samples that have a token that counts, fp32, shape (). 0 when there is none.
+
+    Raises:
+        ValueError: The shapes do not belong together.
+
+    Source: Li and Hoiem (arXiv 1606.09282), equation 2 with recorded hard targets. Deviation: the teacher's own
+    cross-entropy is taken off, a constant, so that the constraint bounds the drift and not the difficulty of the task.
+
+    Example:
+        >>> even = torch.zeros(1, 3, 4)
+        >>> counts = torch.ones(1, 3, dtype=torch.bool)
+        >>> round(token_ce_above(even, torch.zeros(1, 3, dtype=torch.long), counts, torch.zeros(1)).item(), 4)
+        1.3863
+    """
+    _check_tokens(logits, mask)
+    if tokens.shape != mask.shape or teacher_ce.shape != mask.shape[:1]:
+        raise ValueError(
+            f"tokens must have shape {tuple(mask.shape)} and teacher_ce ({mask.shape[0]},), got "
+            f"{tuple(tokens.shape)} and {tuple(teacher_ce.shape)}"
+        )
+    losses = torch.zeros(mask.shape, dtype=torch.float32, device=logits.device)
+    losses = losses.masked_scatter(
+        mask, functional.cross_entropy(logits[mask].float(), tokens[mask].long(), reduction="none")
+    )
+    counts = mask.sum(dim=-1)
+    above = losses.sum(dim=-1) / counts.clamp(min=1) - teacher_ce.detach().float()
+    return _masked_mean(above, counts > 0)
+
+
+def _check_tokens(logits: Tensor, mask: Tensor) -> None:
+    if logits.shape[:-1] != mask.shape:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} and a mask of shape {tuple(mask.shape)} do not fit")
 
 
 def _masked_mean(values: Float[Tensor, "*positions"], mask: Bool[Tensor, "*positions"] | None) -> Float[Tensor, ""]:
