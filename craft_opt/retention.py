@@ -132,7 +132,8 @@ def token_kl(
 
     ``Σ_c p_c log(p_c / q_c) − p_c + q_c`` over the k top tokens and the bucket; p the teacher's, q the student's. Both
     sum to 1, so the last two terms add nothing: they keep every summand at or above 0, and the gradient exactly 0 where
-    p = q, although the teacher's mass outside its top tokens is known only as what the stored ones leave over (below 2^-21 of it is rounding, and taken for none).
+    p = q, although the teacher's mass outside its top tokens is known only as what the stored ones leave over (less
+    than 2^-21 of it is rounding, and taken for none).
 
     Args:
         logits: Of the policy in training, any floating dtype; position i predicts what ``top_ids[:, i]`` are about.
