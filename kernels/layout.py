@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STEP_IN_NAMES = ("retention_loss", "grad_scale", "found_inf", "measured")
-DUAL_NAMES = ("lam", "t", "skipped_total")
+STEP_IN_NAMES = ("retention_loss", "grad_scale", "found_inf", "measured", "ret_weight")
+DUAL_NAMES = ("lam", "t", "skipped_total", "ema", "xi")
 METRIC_NAMES = (
     "dot",
     "cos",
@@ -34,12 +34,12 @@ METRIC_NAMES = (
     "t",
 )
 GROUP_COLUMNS = 10
-SETTINGS_SIZE = 8
+SETTINGS_SIZE = 11
 MAX_GRID = 2048  # rows of partial sums; 148 SMs (B200) hold at most 148·8 programs of 256 threads
 
 ALIGN = 16  # elements: 32 bytes of bf16, 64 of fp32, so that every segment starts on a 128-bit boundary
 _GRAD_MULTIPLE = 8192  # every reduce block divides it, so the layout of the state does not depend on a tuning knob
-TABLE_COLUMNS = 8
+TABLE_COLUMNS = 10
 TAIL_COLUMNS = 4
 HYPER_COLUMNS = 16
 
@@ -89,17 +89,24 @@ DEFAULT_CONFIG = LaunchConfig()
 
 @dataclass(frozen=True)
 class SegmentSpec:
-    """One parameter as the kernel sees it: `numel` elements of `dtype` in parameter group `group`."""
+    """One parameter as the kernel sees it: `numel` elements of `dtype` in parameter group `group`.
+
+    `stream` numbers the parameter's random numbers for stochastic rounding, in [0, 2^32); None takes the position in
+    the plan. A number that outlives the plan makes every layout of the same parameters round alike.
+    """
 
     dtype: torch.dtype
     numel: int
     group: int
+    stream: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in SUPPORTED_DTYPES:
             raise ValueError(f"parameter dtype {self.dtype}: CRaFT updates {', '.join(map(str, SUPPORTED_DTYPES))}")
         if self.numel < 0 or self.group < 0:
             raise ValueError(f"numel={self.numel}, group={self.group}: neither may be negative")
+        if self.stream is not None and not 0 <= self.stream < 2**32:
+            raise ValueError(f"stream={self.stream}: needs a number in [0, 2^32)")
 
 
 def pack_group(
@@ -131,19 +138,37 @@ def pack_settings(
     epsilon_start: float,
     epsilon_end: float,
     decay_steps: float,
+    nupi_kp: float = 0.0,
+    nupi_nu: float = 0.0,
+    retention_ema: float = 0.0,
+    rounding_seed: int = 0,
 ) -> Tensor:
     """Return what to copy into `SurgeryBuffers.settings`: fp64 `[SETTINGS_SIZE]`, on the CPU.
 
     `max_grad_norm` None, ≤ 0 or infinite means no clip; `decay_steps` ≤ 0 holds ε at `epsilon_start`.
+
+    Raises:
+        ValueError: `rounding_seed` is no number in [0, 2^32).
     """
+    if not 0 <= rounding_seed < 2**32:
+        raise ValueError(f"rounding_seed={rounding_seed}: needs a number in [0, 2^32)")
     clip = 0.0 if max_grad_norm is None else float(max_grad_norm)
-    row = [conflict_threshold, clip, lambda_lr, lambda_max, epsilon_start, epsilon_end, float(decay_steps), 0.0]
+    row = [
+        conflict_threshold, clip, lambda_lr, lambda_max, epsilon_start, epsilon_end, decay_steps, nupi_kp, nupi_nu,
+        retention_ema, rounding_seed,
+    ]  # fmt: skip
     return torch.tensor(row, dtype=torch.float64, device="cpu")
 
 
 def round_up(value: int, multiple: int) -> int:
     """Return the least multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    # Without a driver the second question is an error.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 # Explicitly on the CPU: a caller may have set another default device.
@@ -165,6 +190,7 @@ class SurgeryPlan:
         grad_numel: Length of the gradient buffers by dtype.
         moment_numel: Length of m, v and vmax.
         n_segments: Number of segments.
+        streams: The number under which each segment draws for stochastic rounding.
         config: Launch configuration that the tile maps were built for.
     """
 
@@ -180,6 +206,7 @@ class SurgeryPlan:
         self.device = torch.device(device)
         self.config = config
         self.n_segments = len(self.segments)
+        self.streams = [i if segment.stream is None else segment.stream for i, segment in enumerate(self.segments)]
         present = {segment.dtype for segment in self.segments}
         self.dtypes = tuple(dtype for dtype in SUPPORTED_DTYPES if dtype in present)
 
@@ -216,7 +243,7 @@ class SurgeryPlan:
         self.tile_seg = torch.cat([tile_seg, tile_seg.new_zeros(1)]).to(self.device)
         # Host copies of the device tables. The columns, in the kernel's order: address, offsets in the gradient and
         # moment buffers (all three as if the segment began at tile 0), end with and without retention, who is present,
-        # group, length of the tail. Tails: address, offsets, segment.
+        # group, length of the tail, stream, offset in the moment buffers as it is. Tails: address, offsets, segment.
         numel = _host_tensor([segment.numel for segment in self.segments], dtype=torch.int64)
         self._itemsize = _host_tensor([segment.dtype.itemsize for segment in self.segments], dtype=torch.int64)
         self._whole = numel // ALIGN * ALIGN
@@ -226,6 +253,8 @@ class SurgeryPlan:
         self._host_table[:, 1:3] = offsets - self._tile_start[:, None]
         self._host_table[:, 6] = _host_tensor([segment.group for segment in self.segments])
         self._host_table[:, 7] = numel % ALIGN
+        self._host_table[:, 8] = _host_tensor(self.streams, dtype=torch.int64)
+        self._host_table[:, 9] = offsets[:, 1]
         self._host_tails = torch.zeros((len(self.tail_order), TAIL_COLUMNS), dtype=torch.int64, device="cpu")
         self._host_tails[:, 3] = _host_tensor(self.tail_order, dtype=torch.int64)
         self._host_tails[:, 1:3] = (offsets + self._whole[:, None])[self._host_tails[:, 3]]
@@ -302,13 +331,28 @@ class SurgeryPlan:
     def flush(self) -> None:
         """Upload what changed since the last launch, without synchronising. The launchers call this.
 
+        While a CUDA graph is captured nothing may be uploaded, because every replay would upload it again. Before
+        a replay, call the setters and this: the captured launch reads the device tables.
+
         Raises:
             ValueError: One of the setters was never called.
+            RuntimeError: Something changed and the stream is capturing.
         """
         if self.addresses is None or self.task_present is None or self.retention_present is None:
             raise ValueError("set_addresses() and set_present() must be called before the first launch")
         if self.groups is None:
             raise ValueError("set_groups() must be called before the first launch")
+        stale = {
+            "the parameters' addresses": self._stale_addresses,
+            "which losses reached which parameters": self._stale_table,
+            "the hyperparameters of the groups": self._stale_groups,
+        }
+        if any(stale.values()) and is_capturing():
+            raise RuntimeError(
+                f"{' and '.join(what for what, changed in stale.items() if changed)} changed since the last launch, "
+                "and a CUDA graph is being captured, which cannot upload them: before the capture run one step with "
+                "the same gradients and groups, or call opt.prepare_replay()"
+            )
         if self._stale_addresses:
             addresses = _host_tensor(self.addresses, dtype=torch.int64)
             self._host_table[:, 0] = addresses - self._tile_start * self._itemsize
@@ -342,9 +386,10 @@ class SurgeryBuffers:
         v: Second moments, fp32 `[plan.moment_numel]`.
         vmax: Their running maximum for AMSGrad, fp32 `[plan.moment_numel]`, or None.
         steps: Completed steps of each segment, fp32 `[plan.n_segments]`, as torch's `step`.
-        step_in: fp64 `[4]`: retention_loss, grad_scale, found_inf, measured.
-        dual: fp64 `[3]`: lam, t, skipped_total.
-        settings: fp64 `[8]`, from `pack_settings`.
+        step_in: fp64 `[5]`: retention_loss, grad_scale, found_inf, measured, ret_weight. `measured` 0 leaves λ alone;
+            ret_weight multiplies the retention part of the merge, for a gradient of an earlier step.
+        dual: fp64 `[5]`: lam, t, skipped_total, ema, xi.
+        settings: fp64 `[11]`, from `pack_settings`.
         partials: fp64 `[MAX_GRID, 3]`: rows of tt, tr, rr.
         metrics: fp64 `[16]`.
     """
@@ -363,24 +408,28 @@ class SurgeryBuffers:
     _checked: set[tuple[Any, ...]] = field(default_factory=set, init=False, repr=False)
 
     @classmethod
-    def allocate(cls, plan: SurgeryPlan, *, amsgrad: bool = False, retention: bool = True) -> "SurgeryBuffers":
-        """Allocate zeroed buffers for `plan` (grad_scale 1)."""
+    def allocate(
+        cls, plan: SurgeryPlan, *, amsgrad: bool = False, task: bool = True, retention: bool = True
+    ) -> "SurgeryBuffers":
+        """Allocate zeroed buffers for `plan` (both scales 1, nothing measured yet), and gradients as asked for."""
         new = functools.partial(torch.zeros, device=plan.device)
 
         def grads() -> dict[torch.dtype, Tensor]:
             return {dtype: new(numel, dtype=dtype) for dtype, numel in plan.grad_numel.items()}
 
         step_in = new(len(STEP_IN_NAMES), dtype=torch.float64)
-        step_in[1] = 1.0
+        step_in[1] = step_in[4] = 1.0
+        dual = new(len(DUAL_NAMES), dtype=torch.float64)
+        dual[3:] = math.nan
         return cls(
-            grads_task=grads(),
+            grads_task=grads() if task else {},
             grads_ret=grads() if retention else {},
             m=new(plan.moment_numel),
             v=new(plan.moment_numel),
             vmax=new(plan.moment_numel) if amsgrad else None,
             steps=new(plan.n_segments),
             step_in=step_in,
-            dual=new(len(DUAL_NAMES), dtype=torch.float64),
+            dual=dual,
             settings=new(SETTINGS_SIZE, dtype=torch.float64),
             partials=new((MAX_GRID, 3), dtype=torch.float64),
             metrics=new(len(METRIC_NAMES), dtype=torch.float64),

@@ -5,17 +5,20 @@ multiplier before the step and x(s) its arguments in the order of the code below
 
     tt = <g_t,g_t>   tr = <g_t,g_r>   rr = <g_r,g_r>               sums of exact products, kept in fp64
     cos = tr / (sqrt(tt)·sqrt(rr)), 0 where a norm is 0            conflict = project and cos < threshold
-    π = tr/rr if conflict else 0
-    weighted       (a, b) = (1, λ − π)
-    equal          (a, b) = (½, ½(1 − π))
-    task_priority  (a, b) = (1, min(λ, 1) − π)                     without retention (a, b) = (1, 0)
+    π = tr/rr if conflict else 0                                   w = ret_weight, 1 for a gradient of this step
+    weighted       (a, b) = (1, λ·w − π)
+    equal          (a, b) = (½, ½(w − π))
+    task_priority  (a, b) = (1, min(λ, 1)·w − π)                   without retention (a, b) = (1, 0)
     ‖g‖² = a²·tt + 2ab·tr + b²·rr,  s = min(1, max_grad_norm / (‖g‖ + 1e-6))
     g = s·(a·g_t + b·g_r)
     m ← β1·m + (1−β1)·g     v ← β2·v + (1−β2)·g²
     p ← p·(1 − lr·wd) − lr/(1−β1^k) · m / (sqrt(v)/sqrt(1−β2^k) + eps)
-    λ ← clip(λ + lambda_lr·(L_ret − ε(t)), 0, lambda_max)          t ← t + 1
+    L̄ ← β·L̄ + (1−β)·L_ret (L_ret at first)   e = L̄ − ε(t)          t ← t + 1
+    ascent         λ ← clip(λ + lambda_lr·e, 0, lambda_max)
+    nupi           ξ' = ν·ξ + (1−ν)·e (0 at first), λ ← clip(λ + lambda_lr·e + κ_p·(ξ' − ξ)) (no κ_p at first)
 
-A non-finite Gram matrix, retention loss or coefficient, or `found_inf`, leaves p, m, v, k, λ and t as they are.
+A non-finite Gram matrix, retention loss or coefficient, or `found_inf`, leaves p, m, v, k, λ, L̄, ξ and t as they are;
+a step that measured nothing leaves λ, L̄ and ξ. bf16 parameters round to nearest, or stochastically by rounding.py.
 
 Shape of the kernel. A persistent grid streams the two flat gradient buffers once and leaves one row of
 partial sums per program (PHASE 1), meets at a grid barrier, and every program adds all the rows in the same order
@@ -25,9 +28,9 @@ that the L2 cache still holds, through combine, clip and AdamW (PHASE 2). PHASE 
 and for Triton's interpreter, which runs programs one after another and would wait for ever at the barrier.
 
 Sources: gradient surgery, Yu et al. 2020 (arXiv 2001.06782), algorithm 1; AdamW, Loshchilov and Hutter 2019
-(arXiv 1711.05101), in torch.optim.AdamW's arrangement; the barrier is the sign-flip counter of PyTorch
-Inductor's `x_grid_barrier`. Deviations: conflict is a threshold on the cosine rather than on the dot product; moments
-are fp32 for every parameter dtype.
+(arXiv 1711.05101), in torch.optim.AdamW's arrangement; nuPI, Sohrabi et al. 2024 (arXiv 2406.04558), algorithm 1 with
+ξ_0 = 0; the barrier is the sign-flip counter of PyTorch Inductor's `x_grid_barrier`. Deviations: conflict is a
+threshold on the cosine rather than on the dot product; moments are fp32 for every parameter dtype.
 """
 
 # Triton reads the annotations of device functions itself: theirs are constexprs and nothing else.
@@ -58,6 +61,7 @@ from craft_opt.kernels.layout import (
     pack_settings,
     round_up,
 )
+from craft_opt.kernels.rounding import rounding_key, stochastic_round_
 from torch import Tensor
 
 try:
@@ -76,11 +80,13 @@ except ImportError:  # the layout, the buffers and the reference below serve mac
 
 
 __all__ = [
+    "CONTROLLERS",
     "DEFAULT_CONFIG",
     "DUAL_NAMES",
     "MAX_GRID",
     "MERGE_MODES",
     "METRIC_NAMES",
+    "ROUNDINGS",
     "SCHEDULES",
     "STEP_IN_NAMES",
     "SUPPORTED_DTYPES",
@@ -100,6 +106,8 @@ __all__ = [
 
 MERGE_MODES = {"weighted": 0, "equal": 1, "task_priority": 2}
 SCHEDULES = {"linear": 0, "cosine": 1, "exponential": 2}
+CONTROLLERS = {"ascent": False, "nupi": True}
+ROUNDINGS = {"nearest": False, "stochastic": True}
 
 # The device code's constants: Triton reads globals only as constexprs.
 _ALIGN_C = tl.constexpr(ALIGN)
@@ -150,6 +158,29 @@ def _from_f32(x, DTYPE: tl.constexpr, SOFT_CAST: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         x = tl.where(x != x, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
+
+
+@_jit
+def _mix(x):
+    """The lowbias32 hash on uint32; `craft_opt.kernels.rounding.mix32` has the reference and the source."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@_jit
+def _round_bf16(x, element, key):
+    """The bf16 neighbours of fp32 x, still in fp32, the upper one with the probability of x's place between them.
+
+    Adding 16 random bits below bf16's last and cutting them off carries with just that probability.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    chosen = (bits + (_mix(element ^ key) & 0xFFFF)) & 0xFFFF0000
+    # A NaN's payload or an infinity must not take part: the carry would make one the other.
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, chosen.to(tl.float32, bitcast=True), x)
 
 
 @_jit
@@ -204,7 +235,17 @@ def _gram_of(
 
 
 @_jit
-def _prepare_hyper(hyper_ptr, groups_ptr, table_ptr, steps_ptr, n_segments, SEG_BLOCK: tl.constexpr):
+def _prepare_hyper(
+    hyper_ptr,
+    groups_ptr,
+    table_ptr,
+    steps_ptr,
+    dual_ptr,
+    settings_ptr,
+    n_segments,
+    STOCHASTIC: tl.constexpr,
+    SEG_BLOCK: tl.constexpr,
+):
     """Fill the rows of fp32 factors that the update of each segment needs, from fp64 arithmetic.
 
     In PHASE 1, because the step counts change in PHASE 2 and a division or a power per tile would cost more than this
@@ -243,6 +284,13 @@ def _prepare_hyper(hyper_ptr, groups_ptr, table_ptr, steps_ptr, n_segments, SEG_
         tl.store(out + 7, (lr / correction1).to(tl.float32), mask=mask)
         tl.store(out + 8, sign.to(tl.float32), mask=mask)
         tl.store(out + 9, amsgrad.to(tl.float32), mask=mask)
+        if STOCHASTIC:
+            # The key of the segment's random numbers; a column of bits in a table of fp32.
+            stream = tl.load(table_ptr + seg * _TABLE_C + 8, mask=mask, other=0).to(tl.uint32)
+            seed = tl.load(settings_ptr + 10).to(tl.int64).to(tl.uint32)
+            clock = tl.load(dual_ptr + 1).to(tl.int64).to(tl.uint32)
+            key = _mix(_mix(_mix(seed) ^ stream) ^ clock)
+            tl.store(out + 10, key.to(tl.float32, bitcast=True), mask=mask)
 
 
 @_jit
@@ -265,8 +313,14 @@ def _sum_partials(partials_ptr, n_partials):
 
 
 @_jit
-def _merge_coefficients(tt, tr, rr, lam, threshold, MERGE: tl.constexpr, PROJECT: tl.constexpr, HAS_RET: tl.constexpr):
-    """(a, b, cos, conflict) of SPEC section 2. `where` and not `if`: the values live on the device."""
+def _merge_coefficients(
+    tt, tr, rr, lam, weight, threshold, MERGE: tl.constexpr, PROJECT: tl.constexpr, HAS_RET: tl.constexpr
+):
+    """(a, b, cos, conflict) of SPEC section 2. `where` and not `if`: the values live on the device.
+
+    `weight` is that of a retention gradient of an earlier step; the projection, which does not depend on the length of
+    g_r, is not weighted.
+    """
     if HAS_RET:
         norm_t = tl.sqrt(tt)
         norm_r = tl.sqrt(rr)
@@ -285,13 +339,13 @@ def _merge_coefficients(tt, tr, rr, lam, threshold, MERGE: tl.constexpr, PROJECT
             projection = tl.cast(0.0, tl.float64)
         if MERGE == 0:
             a = tl.cast(1.0, tl.float64)
-            b = lam - projection
+            b = lam * weight - projection
         elif MERGE == 1:
             a = tl.cast(0.5, tl.float64)
-            b = 0.5 * (1.0 - projection)
+            b = 0.5 * (weight - projection)
         else:
             a = tl.cast(1.0, tl.float64)
-            b = tl.where(lam < 1.0, lam, 1.0) - projection
+            b = tl.where(lam < 1.0, lam, 1.0) * weight - projection
     else:
         cos = tl.cast(0.0, tl.float64)
         conflict = cos != cos
@@ -399,6 +453,7 @@ def _apply_tiles(
     SOFT_CAST: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):
     """Update every whole group of 16 elements of the segments of one dtype, last tile first."""
     lane = tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
@@ -455,6 +510,10 @@ def _apply_tiles(
             p, m, v, v_max, task, ret, a * sign, b * sign, b_factor, decay, lerp, from_grad, beta2, one_minus_beta2,
             inv_sqrt_correction2, eps, step_size, use_max, HAS_RET, AMSGRAD, tl.float32 == DTYPE,
         )  # fmt: skip
+        if STOCHASTIC and tl.bfloat16 == DTYPE:
+            key = tl.load(hyper + 10).to(tl.uint32, bitcast=True)
+            element = (moment_start - tl.load(row + 9)).to(tl.uint32) + lane.to(tl.uint32)
+            p = _round_bf16(p, element, key)
         tl.store(p_ptr + lane, _from_f32(p, DTYPE, SOFT_CAST), mask=mask, eviction_policy="evict_first")
         tl.store(m_tile, m, mask=mask, eviction_policy="evict_first")
         tl.store(v_tile, v, mask=mask, eviction_policy="evict_first")
@@ -481,6 +540,7 @@ def _apply_tails(
     AMSGRAD: tl.constexpr,
     SOFT_CAST: tl.constexpr,
     TAIL_ROWS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):
     """Update the last numel % 16 elements of the segments that have any, one segment a row."""
     lane = tl.arange(0, _ALIGN_C)[None, :]
@@ -525,6 +585,10 @@ def _apply_tails(
             p, m, v, v_max, task, ret, a * sign, b * sign, b_factor, decay, lerp, from_grad, beta2, one_minus_beta2,
             inv_sqrt_correction2, eps, step_size, use_max, HAS_RET, AMSGRAD, tl.float32 == DTYPE,
         )  # fmt: skip
+        if STOCHASTIC and tl.bfloat16 == DTYPE:
+            key = tl.load(hyper + 10, mask=valid, other=0.0).to(tl.uint32, bitcast=True)
+            first = tl.load(table_ptr + seg * _TABLE_C + 9, mask=valid, other=0)
+            p = _round_bf16(p, (moment_index - first[:, None]).to(tl.uint32), key[:, None])
         tl.store(p_tile, _from_f32(p, DTYPE, SOFT_CAST), mask=mask)
         tl.store(m_ptr + moment_index, m, mask=mask)
         tl.store(v_ptr + moment_index, v, mask=mask)
@@ -582,6 +646,8 @@ def surgery_adamw_kernel(
     SCHEDULE: tl.constexpr,
     HAS_RET: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    NUPI: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     SOFT_CAST: tl.constexpr,
     BLOCK: tl.constexpr,
     REDUCE_BLOCK: tl.constexpr,
@@ -617,12 +683,13 @@ def surgery_adamw_kernel(
         tl.store(partials_ptr + pid * 3, tt)
         tl.store(partials_ptr + pid * 3 + 1, tr)
         tl.store(partials_ptr + pid * 3 + 2, rr)
-        _prepare_hyper(hyper_ptr, groups_ptr, table_ptr, steps_ptr, n_segments, SEG_BLOCK)
+        _prepare_hyper(
+            hyper_ptr, groups_ptr, table_ptr, steps_ptr, dual_ptr, settings_ptr, n_segments, STOCHASTIC, SEG_BLOCK,
+        )  # fmt: skip
         # A snapshot of the dual state: program 0 replaces it below while slower programs may still have to read it.
         if pid == 0:
-            tl.store(dual_in_ptr, tl.load(dual_ptr))
-            tl.store(dual_in_ptr + 1, tl.load(dual_ptr + 1))
-            tl.store(dual_in_ptr + 2, tl.load(dual_ptr + 2))
+            for entry in tl.static_range(5):
+                tl.store(dual_in_ptr + entry, tl.load(dual_ptr + entry))
 
     if PHASE == 0:
         _grid_barrier(barrier_ptr)
@@ -638,11 +705,27 @@ def surgery_adamw_kernel(
         epsilon = _epsilon(t, tl.load(settings_ptr + 4), tl.load(settings_ptr + 5), tl.load(settings_ptr + 6), SCHEDULE)
         tl.store(metrics_ptr + 6, epsilon, mask=first)
         lam_after = lam
+        ema = tl.load(dual_in_ptr + 3, cache_modifier=".cg")
+        xi = tl.load(dual_in_ptr + 4, cache_modifier=".cg")
+        ema_after = ema
+        xi_after = xi
+        weight = tl.cast(1.0, tl.float64)
         if HAS_RET:
             retention_loss = tl.load(step_in_ptr)
             measured = tl.load(step_in_ptr + 3) != 0.0
+            weight = tl.load(step_in_ptr + 4)
             lambda_max = tl.load(settings_ptr + 3)
-            lam_after = lam + tl.load(settings_ptr + 2) * (retention_loss - epsilon)
+            # A NaN, which differs from itself, means that nothing has been measured yet.
+            beta = tl.load(settings_ptr + 9)
+            ema_after = tl.where(ema == ema, beta * ema + (1.0 - beta) * retention_loss, retention_loss)
+            violation = ema_after - epsilon
+            lam_after = lam + tl.load(settings_ptr + 2) * violation
+            if NUPI:
+                nu = tl.load(settings_ptr + 8)
+                xi_after = tl.where(xi == xi, nu * xi + (1.0 - nu) * violation, 0.0)
+                lam_after += tl.where(xi == xi, tl.load(settings_ptr + 7) * (xi_after - xi), 0.0)
+                xi_after = tl.where(measured, xi_after, xi)
+            ema_after = tl.where(measured, ema_after, ema)
             lam_after = tl.where(lam_after > lambda_max, lambda_max, lam_after)
             lam_after = tl.where(lam_after < 0.0, 0.0, lam_after)
             lam_after = tl.where(measured, lam_after, lam)
@@ -662,7 +745,9 @@ def surgery_adamw_kernel(
             ok = ok & (tl.abs(tr) <= _FP64_MAX_C) & (tl.abs(rr) <= _FP64_MAX_C)
             # A loss that is not finite made lam_after NaN or a bound; an unmeasured one is nobody's concern.
             ok = ok & ((tl.abs(retention_loss) <= _FP64_MAX_C) | (measured == 0))
-        a, b, cos, conflict = _merge_coefficients(tt, tr, rr, lam, tl.load(settings_ptr), MERGE, PROJECT, HAS_RET)
+        a, b, cos, conflict = _merge_coefficients(
+            tt, tr, rr, lam, weight, tl.load(settings_ptr), MERGE, PROJECT, HAS_RET
+        )
         norm_sq = a * a * tt + 2.0 * a * b * tr + b * b * rr
         norm = tl.sqrt(tl.where(norm_sq < 0.0, 0.0, norm_sq))
         if not HAS_RET:
@@ -704,6 +789,8 @@ def surgery_adamw_kernel(
         tl.store(dual_ptr, lam_after, mask=first)
         tl.store(dual_ptr + 1, t + done, mask=first)
         tl.store(dual_ptr + 2, skipped_total, mask=first)
+        tl.store(dual_ptr + 3, tl.where(ok, ema_after, ema), mask=first)
+        tl.store(dual_ptr + 4, tl.where(ok, xi_after, xi), mask=first)
         tl.store(metrics_ptr + 5, lam_after, mask=first)
         tl.store(metrics_ptr + 8, 1.0 - done, mask=first)
         tl.store(metrics_ptr + 9, skipped_total, mask=first)
@@ -725,17 +812,20 @@ def surgery_adamw_kernel(
                 _apply_tails(
                     task_f16_ptr, ret_f16_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tails, hyper_ptr, tails_f16 * work,
                     a32, b32, factor32, tl.float16, HAS_RET, AMSGRAD, SOFT_CAST, TAIL_ROWS,
+                    STOCHASTIC,
                 )  # fmt: skip
             if HAS_BF16:
                 tails = tail_ptr + tails_f32 * _TAIL_C
                 _apply_tails(
                     task_bf16_ptr, ret_bf16_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tails, hyper_ptr,
                     tails_bf16 * work, a32, b32, factor32, tl.bfloat16, HAS_RET, AMSGRAD, SOFT_CAST, TAIL_ROWS,
+                    STOCHASTIC,
                 )  # fmt: skip
             if HAS_F32:
                 _apply_tails(
                     task_f32_ptr, ret_f32_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tail_ptr, hyper_ptr,
                     tails_f32 * work, a32, b32, factor32, tl.float32, HAS_RET, AMSGRAD, SOFT_CAST, TAIL_ROWS,
+                    STOCHASTIC,
                 )  # fmt: skip
 
         # Backwards through what PHASE 1 read forwards.
@@ -744,17 +834,20 @@ def surgery_adamw_kernel(
             _apply_tiles(
                 task_f16_ptr, ret_f16_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tile_map, hyper_ptr, tiles_f16 * work,
                 a32, b32, factor32, tl.float16, HAS_RET, AMSGRAD, SOFT_CAST, BLOCK, VEC_16BIT,
+                STOCHASTIC,
             )  # fmt: skip
         if HAS_BF16:
             tile_map = tile_seg_ptr + tiles_f32
             _apply_tiles(
                 task_bf16_ptr, ret_bf16_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tile_map, hyper_ptr,
                 tiles_bf16 * work, a32, b32, factor32, tl.bfloat16, HAS_RET, AMSGRAD, SOFT_CAST, BLOCK, VEC_16BIT,
+                STOCHASTIC,
             )  # fmt: skip
         if HAS_F32:
             _apply_tiles(
                 task_f32_ptr, ret_f32_ptr, m_ptr, v_ptr, vmax_ptr, table_ptr, tile_seg_ptr, hyper_ptr,
                 tiles_f32 * work, a32, b32, factor32, tl.float32, HAS_RET, AMSGRAD, SOFT_CAST, BLOCK, VEC_32BIT,
+                STOCHASTIC,
             )  # fmt: skip
 
 
@@ -785,16 +878,22 @@ def kernel_constants(
     has_ret: bool,
     amsgrad: bool,
     soft_cast: bool,
+    controller: str = "ascent",
+    rounding: str = "nearest",
 ) -> dict[str, Any]:
     """Return the constexpr arguments of the kernel: what one compiled variant is specialised on.
 
     Raises:
-        ValueError: Unknown `merge` or `schedule`.
+        ValueError: Unknown `merge`, `schedule`, `controller` or `rounding`.
     """
-    if merge not in MERGE_MODES:
-        raise ValueError(f"merge={merge!r}: needs one of {', '.join(MERGE_MODES)}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r}: needs one of {', '.join(SCHEDULES)}")
+    for name, value, allowed in (
+        ("merge", merge, MERGE_MODES),
+        ("schedule", schedule, SCHEDULES),
+        ("controller", controller, CONTROLLERS),
+        ("rounding", rounding, ROUNDINGS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: needs one of {', '.join(allowed)}")
     config = plan.config
     threads = config.num_warps * 32
     return {
@@ -808,6 +907,9 @@ def kernel_constants(
         "SCHEDULE": SCHEDULES[schedule],
         "HAS_RET": has_ret,
         "AMSGRAD": amsgrad,
+        # Settings that this variant has no use for make no second one of it.
+        "NUPI": has_ret and CONTROLLERS[controller],
+        "STOCHASTIC": torch.bfloat16 in plan.dtypes and ROUNDINGS[rounding],
         "SOFT_CAST": soft_cast,
         "BLOCK": config.block,
         "REDUCE_BLOCK": config.reduce_block,
@@ -885,6 +987,8 @@ def _launch(
     schedule: str,
     has_ret: bool,
     amsgrad: bool,
+    controller: str,
+    rounding: str,
 ) -> int:
     if triton is None:
         raise RuntimeError("the Triton backend needs the package `triton` (pip install triton); or use backend='torch'")
@@ -898,7 +1002,7 @@ def _launch(
     buffers.check(plan, has_ret=has_ret, amsgrad=amsgrad)
     constants = kernel_constants(
         plan, phase=phase, merge=merge, project=project, schedule=schedule, has_ret=has_ret, amsgrad=amsgrad,
-        soft_cast=interpreted,
+        soft_cast=interpreted, controller=controller, rounding=rounding,
     )  # fmt: skip
     arguments = kernel_arguments(plan, buffers, n_partials)
     if interpreted:
@@ -934,6 +1038,8 @@ def fused(
     schedule: str = "linear",
     has_ret: bool = True,
     amsgrad: bool = False,
+    controller: str = "ascent",
+    rounding: str = "nearest",
     grid: int | None = None,
 ) -> None:
     """Run the whole step in one launch on the current stream, without synchronising.
@@ -946,6 +1052,8 @@ def fused(
         schedule: ε(t): "linear", "cosine" or "exponential".
         has_ret: Whether there is a retention gradient; without it the step is plain AdamW with clip.
         amsgrad: Whether any group uses AMSGrad.
+        controller: What moves λ: "ascent" or "nupi".
+        rounding: How bf16 parameters are rounded: "nearest" or "stochastic" (`craft_opt.kernels.rounding`).
         grid: Programs; None for as many as the device holds.
 
     Raises:
@@ -954,7 +1062,7 @@ def fused(
     """
     _launch(
         plan, buffers, phase=0, n_partials=1, grid=grid, merge=merge, project=project, schedule=schedule,
-        has_ret=has_ret, amsgrad=amsgrad,
+        has_ret=has_ret, amsgrad=amsgrad, controller=controller, rounding=rounding,
     )  # fmt: skip
 
 
@@ -967,6 +1075,8 @@ def reduce(
     schedule: str = "linear",
     has_ret: bool = True,
     amsgrad: bool = False,
+    controller: str = "ascent",
+    rounding: str = "nearest",
     grid: int | None = None,
 ) -> int:
     """Run the first phase alone and return the number of rows of `buffers.partials` that it wrote.
@@ -976,7 +1086,7 @@ def reduce(
     """
     return _launch(
         plan, buffers, phase=1, n_partials=1, grid=grid, merge=merge, project=project, schedule=schedule,
-        has_ret=has_ret, amsgrad=amsgrad,
+        has_ret=has_ret, amsgrad=amsgrad, controller=controller, rounding=rounding,
     )  # fmt: skip
 
 
@@ -990,6 +1100,8 @@ def apply(
     schedule: str = "linear",
     has_ret: bool = True,
     amsgrad: bool = False,
+    controller: str = "ascent",
+    rounding: str = "nearest",
     grid: int | None = None,
 ) -> None:
     """Run the second phase alone, from the first `n_partials` rows of `buffers.partials`.
@@ -1001,7 +1113,7 @@ def apply(
         raise ValueError(f"n_partials={n_partials}: needs 1 to {MAX_GRID}, the number that reduce() returned")
     _launch(
         plan, buffers, phase=2, n_partials=n_partials, grid=grid, merge=merge, project=project, schedule=schedule,
-        has_ret=has_ret, amsgrad=amsgrad,
+        has_ret=has_ret, amsgrad=amsgrad, controller=controller, rounding=rounding,
     )  # fmt: skip
 
 
@@ -1033,6 +1145,8 @@ def reference_step(
     schedule: str = "linear",
     has_ret: bool = True,
     amsgrad: bool = False,
+    controller: str = "ascent",
+    rounding: str = "nearest",
     compute_dtype: torch.dtype = torch.float64,
 ) -> None:
     """Take the same step in plain torch, parameter by parameter: the oracle that the kernel is compared with.
@@ -1048,6 +1162,8 @@ def reference_step(
         schedule: ε(t): "linear", "cosine" or "exponential".
         has_ret: Whether there is a retention gradient.
         amsgrad: Whether any group uses AMSGrad.
+        controller: What moves λ: "ascent" or "nupi".
+        rounding: How bf16 `params` are rounded: "nearest" or "stochastic".
         compute_dtype: Arithmetic of the element-wise update; sums and coefficients are fp64 always.
 
     Raises:
@@ -1055,13 +1171,15 @@ def reference_step(
     """
     kernel_constants(
         plan, phase=0, merge=merge, project=project, schedule=schedule, has_ret=has_ret, amsgrad=amsgrad,
-        soft_cast=False,
+        soft_cast=False, controller=controller, rounding=rounding,
     )  # fmt: skip
     if plan.groups is None or plan.task_present is None or plan.retention_present is None:
         raise ValueError("set_groups() and set_present() must be called before reference_step()")
-    retention_loss, scale, found_inf, measured_flag = buffers.step_in.tolist()
-    lam, t, skipped_total = buffers.dual.tolist()
-    threshold, max_norm, lambda_lr, lambda_max, eps_start, eps_end, decay_steps, _ = buffers.settings.tolist()
+    retention_loss, scale, found_inf, measured_flag, weight = buffers.step_in.tolist()
+    lam, t, skipped_total, ema, xi = buffers.dual.tolist()
+    (
+        threshold, max_norm, lambda_lr, lambda_max, eps_start, eps_end, decay_steps, nupi_kp, nupi_nu, beta, seed,
+    ) = buffers.settings.tolist()  # fmt: skip
     measured = bool(measured_flag) and has_ret
 
     tt = tr = rr = 0.0
@@ -1081,11 +1199,11 @@ def reference_step(
         conflict = project and cos < threshold and rr > 0.0
         projection = tr / rr if conflict else 0.0
         if merge == "weighted":
-            a, b = 1.0, lam - projection
+            a, b = 1.0, lam * weight - projection
         elif merge == "equal":
-            a, b = 0.5, 0.5 * (1.0 - projection)
+            a, b = 0.5, 0.5 * (weight - projection)
         else:
-            a, b = 1.0, min(lam, 1.0) - projection
+            a, b = 1.0, min(lam, 1.0) * weight - projection
     norm = math.sqrt(max(a * a * tt + 2.0 * a * b * tr + b * b * rr, 0.0)) if finite else math.nan
     clip_scale = min(1.0, max_norm / (norm + 1e-6)) if 0.0 < max_norm < math.inf else 1.0
     ok = finite and found_inf == 0.0 and (math.isfinite(retention_loss) or not measured)
@@ -1094,7 +1212,14 @@ def reference_step(
     lam_after = lam
     if ok:
         if measured:
-            lam_after = min(max(lam + lambda_lr * (retention_loss - epsilon), 0.0), lambda_max)
+            ema = retention_loss if math.isnan(ema) else beta * ema + (1.0 - beta) * retention_loss
+            violation = ema - epsilon
+            lam_after = lam + lambda_lr * violation
+            if CONTROLLERS[controller]:
+                filtered = 0.0 if math.isnan(xi) else nupi_nu * xi + (1.0 - nupi_nu) * violation
+                lam_after += 0.0 if math.isnan(xi) else nupi_kp * (filtered - xi)
+                xi = filtered
+            lam_after = min(max(lam_after, 0.0), lambda_max)
         for index, (segment, param) in enumerate(zip(plan.segments, params, strict=True)):
             if not (plan.task_present[index] or (has_ret and plan.retention_present[index])):
                 continue
@@ -1116,14 +1241,17 @@ def reference_step(
             flat = param.detach().view(-1)
             p = flat.to(compute_dtype) * (1.0 - lr * weight_decay)
             p -= (lr / (1.0 - beta1**step)) * m / denominator
-            flat.copy_(p)
+            if ROUNDINGS[rounding] and param.dtype == torch.bfloat16:
+                stochastic_round_(flat, p.float(), rounding_key(int(seed), plan.streams[index], int(t)))
+            else:
+                flat.copy_(p)
             buffers.m[moment_part] = m.float()
             buffers.v[moment_part] = v.float()
             buffers.steps[index] = step
 
     skipped = float(not ok)
     t, skipped_total = t + 1.0 - skipped, skipped_total + skipped
-    buffers.dual.copy_(torch.tensor([lam_after, t, skipped_total], dtype=torch.float64))
+    buffers.dual.copy_(torch.tensor([lam_after, t, skipped_total, ema, xi], dtype=torch.float64))
     shown = retention_loss if measured else math.nan
     dot, cosine, norm_sq_r = (tr, cos, rr) if has_ret else (math.nan,) * 3
     report = [

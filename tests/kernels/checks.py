@@ -344,7 +344,7 @@ class TestSkippedStep:
             found = metrics(problem)
             assert (found["skipped"], found["skipped_total"], found["t"]) == (1.0, skipped, 2.0)
             assert found["lam_after"] == found["lam_before"] == 0.7
-            assert problem.buffers.dual.tolist() == [0.7, 2.0, skipped]
+            assert problem.buffers.dual[:3].tolist() == [0.7, 2.0, skipped]
 
     def test_a_finite_step_after_a_skipped_one_is_taken(self, device, form):
         problem = small_problem(device, seed=16)
@@ -353,7 +353,7 @@ class TestSkippedStep:
         form.run(problem, Modes())
         problem.inputs()
         step_and_compare(problem, Modes(), form)
-        assert problem.buffers.dual.tolist()[1:] == [1.0, 1.0]
+        assert problem.buffers.dual.tolist()[1:3] == [1.0, 1.0]
 
     def test_an_unmeasured_loss_may_be_anything(self, device, form):
         problem = small_problem(device, seed=17)
@@ -387,7 +387,7 @@ class TestDual:
         for value in seen:
             lam = lam + 0.05 * (0.9 - value)
         # λ is fp64 from end to end: five additions.
-        assert problem.buffers.dual.tolist() == pytest.approx([lam, 5.0, 0.0], rel=1e-14)
+        assert problem.buffers.dual[:3].tolist() == pytest.approx([lam, 5.0, 0.0], rel=1e-14)
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_schedules_reach_both_ends_exactly(self, device, form, schedule):

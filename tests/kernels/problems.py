@@ -27,6 +27,8 @@ class Modes:
     schedule: str = "linear"
     has_ret: bool = True
     amsgrad: bool = False
+    controller: str = "ascent"
+    rounding: str = "nearest"
 
     def keywords(self):
         return dict(vars(self))
@@ -86,12 +88,14 @@ class Problem:
     def present(self, task, retention):
         self.plan.set_present(task, retention)
 
-    def state(self, lam=0.7, t=0.0, loss=0.9, measured=True, scale=1.0, found_inf=0.0):
-        self.buffers.dual.copy_(torch.tensor([lam, t, 0.0], dtype=torch.float64))
-        self.inputs(loss, measured, scale, found_inf)
+    def state(
+        self, lam=0.7, t=0.0, loss=0.9, measured=True, scale=1.0, found_inf=0.0, weight=1.0, ema=math.nan, xi=math.nan
+    ):
+        self.buffers.dual.copy_(torch.tensor([lam, t, 0.0, ema, xi], dtype=torch.float64))
+        self.inputs(loss, measured, scale, found_inf, weight)
 
-    def inputs(self, loss=0.9, measured=True, scale=1.0, found_inf=0.0):
-        values = [loss, scale, found_inf, float(measured)]
+    def inputs(self, loss=0.9, measured=True, scale=1.0, found_inf=0.0, weight=1.0):
+        values = [loss, scale, found_inf, float(measured), weight]
         self.buffers.step_in.copy_(torch.tensor(values, dtype=torch.float64))
 
     def segment(self, index, retention=False):
@@ -131,7 +135,8 @@ class Problem:
 
     def bytes(self):
         """Everything a skipped step must leave alone."""
-        tensors = [*self.params, self.buffers.m, self.buffers.v, self.buffers.steps, self.buffers.dual[:2]]
+        dual = self.buffers.dual[[0, 1, 3, 4]]
+        tensors = [*self.params, self.buffers.m, self.buffers.v, self.buffers.steps, dual]
         if self.buffers.vmax is not None:
             tensors.append(self.buffers.vmax)
         return [t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors]

@@ -178,7 +178,7 @@ def test_settings_without_a_clip():
         conflict_threshold=-0.1, max_grad_norm=None, lambda_lr=0.1, lambda_max=1.0, epsilon_start=1.0, epsilon_end=0.5,
         decay_steps=3,
     )  # fmt: skip
-    assert row.tolist() == [-0.1, 0.0, 0.1, 1.0, 1.0, 0.5, 3.0, 0.0]
+    assert row.tolist() == [-0.1, 0.0, 0.1, 1.0, 1.0, 0.5, 3.0, 0.0, 0.0, 0.0, 0.0]
     assert pack_group(**{**GROUP, "beta1": 0.0})[7] == -math.inf
 
 
