@@ -1,8 +1,9 @@
 """Two-objective gradient surgery as coefficients: the readable statement of the method.
 
 Every rule is a pair (a, b) computed from the Gram matrix of the two gradients and λ; the update direction is
-``g = a g_t + b g_r``. Nothing here waits for a device: decisions are ``torch.where``, not ``if``, because a Python
-branch on a CUDA value would synchronise the host.
+``g = a g_t + b g_r``. Nothing here waits for a device: decisions are ``where``, not ``if``, because a Python branch on
+a CUDA value would synchronise the host. The same lines serve Python floats, which is what a step on the CPU computes
+with.
 
 Sources: projection of a conflicting gradient, Yu et al., "Gradient Surgery for Multi-Task Learning" (PCGrad,
 arXiv 2001.06782), Algorithm 1; projection of the task gradient alone against a memory gradient, Chaudhry et al.,
@@ -13,6 +14,7 @@ weight afterwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,8 +23,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from craft_opt.config import CraftConfig
+from craft_opt.scalars import clamp, sqrt, where
 
-Scalar = Float[Tensor, ""]
+Scalar = Float[Tensor, ""] | float
+Flag = Bool[Tensor, ""] | bool
 Gradient = Float[Tensor, "..."]
 
 # torch.nn.utils.clip_grad_norm_ adds the same constant.
@@ -30,7 +34,7 @@ CLIP_EPS = 1e-6
 
 
 class Gram(NamedTuple):
-    """The 2x2 Gram matrix of task and retention gradient; fp64, each entry of shape ().
+    """The 2x2 Gram matrix of task and retention gradient; each entry fp64 of shape (), or a Python float.
 
     Attributes:
         dot_tt: <g_t, g_t>.
@@ -44,7 +48,7 @@ class Gram(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What a surgery rule decides; every entry has shape ().
+    """What a surgery rule decides; every entry has shape (), or is a Python number where the Gram matrix is.
 
     Attributes:
         a: Weight of the task gradient, fp64.
@@ -58,7 +62,7 @@ class Coefficients(NamedTuple):
     a: Scalar
     b: Scalar
     cos: Scalar
-    conflict: Bool[Tensor, ""]
+    conflict: Flag
     grad_norm: Scalar
     clip: Scalar
 
@@ -94,25 +98,28 @@ def compute_dot(grads_task: Sequence[Gradient], grads_ret: Sequence[Gradient]) -
 
 def coefficients(
     gram: Gram,
-    lam: Scalar | float,
+    lam: Scalar,
     config: CraftConfig,
     max_grad_norm: float | None = 1.0,
+    ret_weight: Scalar = 1.0,
 ) -> Coefficients:
     """Return the coefficients of the update direction ``s (a g_t + b g_r)``.
 
     ``cos = tr / (sqrt(tt) sqrt(rr))``; with ``cos < conflict_threshold`` the task gradient is projected,
-    ``g_t' = g_t − (tr/rr) g_r``. Then weighted: ``g_t' + λ g_r``; equal: ``½ (g_t' + g_r)``; task_priority:
-    ``g_t' + min(λ, 1) g_r``. ``‖g‖² = a² tt + 2ab tr + b² rr``, clamped at 0, and
+    ``g_t' = g_t − (tr/rr) g_r``. Then weighted: ``g_t' + λ w g_r``; equal: ``½ (g_t' + w g_r)``; task_priority:
+    ``g_t' + min(λ, 1) w g_r``. ``‖g‖² = a² tt + 2ab tr + b² rr``, clamped at 0, and
     ``s = min(1, max_grad_norm / (‖g‖ + 1e-6))``.
 
     Args:
-        gram: The Gram matrix, entries of shape ().
+        gram: The Gram matrix, entries of shape (), or Python floats.
         lam: λ before the step, a number or a tensor of shape ().
         config: Gives ``use_grad_projection``, ``conflict_threshold`` and ``projection_mode``.
         max_grad_norm: Bound of the merged gradient's norm; None means no clip.
+        ret_weight: w in [0, 1], below 1 for a retention gradient of an earlier step. The projection does not depend on
+            the length of g_r, so w leaves it alone.
 
     Returns:
-        The coefficients in fp64 on the device of ``gram``.
+        The coefficients in fp64 on the device of ``gram``, or Python floats where ``gram`` holds those.
 
     Example:
         >>> gram = compute_dot([torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])])
@@ -120,29 +127,27 @@ def coefficients(
         >>> c.conflict.item(), c.a.item(), c.b.item()
         (True, 1.0, 1.0)
     """
-    tt, tr, rr = (x.double() for x in gram)
-    lam64 = torch.as_tensor(lam, dtype=torch.float64, device=tt.device)
-    one, zero = torch.ones_like(tt), torch.zeros_like(tt)
+    tt, tr, rr = (_double(x) for x in gram)
+    if isinstance(tt, Tensor):
+        lam = torch.as_tensor(lam, dtype=torch.float64, device=tt.device)
+    one, zero = _one_like(tt), _zero_like(tt)
 
     # sqrt(tt) * sqrt(rr), never sqrt(tt * rr): the product overflows or underflows long before its root does.
-    norms = tt.clamp(min=0).sqrt() * rr.clamp(min=0).sqrt()
+    norms = sqrt(clamp(tt, 0.0, math.inf)) * sqrt(clamp(rr, 0.0, math.inf))
     # Rounding may push parallel gradients past 1; a threshold of -1 must never fire.
-    cos = torch.where(norms > 0, tr / torch.where(norms > 0, norms, one), zero).clamp(-1.0, 1.0)
-    conflict = (
-        cos < config.conflict_threshold if config.use_grad_projection else torch.zeros_like(cos, dtype=torch.bool)
-    )
+    cos = clamp(where(norms > 0, tr / where(norms > 0, norms, one), zero), -1.0, 1.0)
     # A zero gradient has cosine 0 and is never a direction to project on, even with a positive threshold.
-    conflict = conflict & (rr > 0)
-    shift = torch.where(conflict, -tr / torch.where(rr > 0, rr, one), zero)
+    conflict = (cos < config.conflict_threshold) & (rr > 0) if config.use_grad_projection else cos > 2.0
+    shift = where(conflict, -tr / where(rr > 0, rr, one), zero)
 
     if config.projection_mode == "equal":
-        a, b = 0.5 * one, 0.5 * (shift + 1.0)
+        a, b = 0.5 * one, 0.5 * (shift + ret_weight)
     elif config.projection_mode == "task_priority":
-        a, b = one, shift + lam64.clamp(max=1.0)
+        a, b = one, shift + clamp(lam, -math.inf, 1.0) * ret_weight
     else:
-        a, b = one, shift + lam64
+        a, b = one, shift + lam * ret_weight
 
-    norm = (a * a * tt + 2.0 * a * b * tr + b * b * rr).clamp(min=0.0).sqrt()
+    norm = sqrt(clamp(a * a * tt + 2.0 * a * b * tr + b * b * rr, 0.0, math.inf))
     return Coefficients(a, b, cos, conflict, norm, clip_scale(norm, max_grad_norm))
 
 
@@ -150,11 +155,12 @@ def task_only_coefficients(dot_tt: Scalar, max_grad_norm: float | None = 1.0) ->
     """Return (a, b) = (1, 0): a step without a retention gradient is plain AdamW in every merge mode.
 
     Args:
-        dot_tt: <g_t, g_t>, shape ().
+        dot_tt: <g_t, g_t>, shape () or a Python float.
         max_grad_norm: Bound of the gradient's norm; None means no clip.
     """
-    one = torch.ones_like(dot_tt, dtype=torch.float64)
-    zero, norm = torch.zeros_like(one), dot_tt.double().clamp(min=0.0).sqrt()
+    tt = _double(dot_tt)
+    one, zero = _one_like(tt), _zero_like(tt)
+    norm = sqrt(clamp(tt, 0.0, math.inf))
     return Coefficients(one, zero, zero, zero > 0, norm, clip_scale(norm, max_grad_norm))
 
 
@@ -164,15 +170,15 @@ def clip_scale(norm: Scalar, max_grad_norm: float | None) -> Scalar:
     The rule of ``torch.nn.utils.clip_grad_norm_``.
     """
     if max_grad_norm is None:
-        return torch.ones_like(norm)
-    return (max_grad_norm / (norm + CLIP_EPS)).clamp(max=1.0)
+        return _one_like(norm)
+    return clamp(max_grad_norm / (norm + CLIP_EPS), 0.0, 1.0)
 
 
 def project_if_conflict(
     grads_task: Sequence[Gradient],
     grads_ret: Sequence[Gradient],
     conflict_threshold: float = -0.1,
-) -> tuple[list[Gradient], Bool[Tensor, ""]]:
+) -> tuple[list[Gradient], Flag]:
     """Return the task gradient without its component along the retention gradient, if the two conflict.
 
     ``g_t' = g_t − (tr/rr) g_r`` where ``cos < conflict_threshold``, else ``g_t``.
@@ -201,7 +207,7 @@ def project_if_conflict(
 def merge_grads(
     grads_task: Sequence[Gradient],
     grads_ret: Sequence[Gradient],
-    lam: Scalar | float,
+    lam: Scalar,
     projection_mode: str = "weighted",
 ) -> list[Gradient]:
     """Return the merged gradient of a task gradient (projected or not) and a retention gradient.
@@ -230,10 +236,23 @@ def merge_grads(
 
 
 def _combine(grads_task: Sequence[Gradient], grads_ret: Sequence[Gradient], a: Scalar, b: Scalar) -> list[Gradient]:
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
     return [
         (a.to(task.device) * task.double() + b.to(task.device) * ret.double()).to(task.dtype)
         for task, ret in zip(grads_task, grads_ret, strict=True)
     ]
+
+
+def _double(x: Scalar) -> Scalar:
+    return x.double() if isinstance(x, Tensor) else float(x)
+
+
+def _one_like(x: Scalar) -> Scalar:
+    return torch.ones_like(x, dtype=torch.float64) if isinstance(x, Tensor) else 1.0
+
+
+def _zero_like(x: Scalar) -> Scalar:
+    return torch.zeros_like(x, dtype=torch.float64) if isinstance(x, Tensor) else 0.0
 
 
 def _check_pairs(grads_task: Sequence[Tensor], grads_ret: Sequence[Tensor]) -> None:

@@ -1,4 +1,7 @@
-"""The two backends of the step: flat tensor operations, and the Triton kernel. Neither waits for the device."""
+"""The backends of the step: the Triton kernel, the CPU kernel, and flat torch operations as the portable form.
+
+None of them waits for a CUDA device.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,29 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from craft_opt.config import CraftConfig
-from craft_opt.dual import epsilon_schedule, update_lambda
+from craft_opt.dual import Multiplier, advance, epsilon_schedule
+from craft_opt.kernels import rounding
 from craft_opt.kernels import surgery_adamw as kernel
 from craft_opt.optimizer._layout import DeviceLayout, Slot
+from craft_opt.scalars import isfinite, where
 from craft_opt.surgery import Gram, coefficients, task_only_coefficients
 
-# Elements of a partial dot product. fp32 on two cores, 20 M elements, three dots: 4.5 ms with 2**18, 5.4 ms with 2**17,
-# 7.4 ms with 2**16 (call overhead); relative error of a dot 3e-7, 1e-7 and 5e-8. fp64 chunks: 8 to 10 ms.
+# Elements of a partial dot product, widened to fp64 at a time: 2 MB.
 REDUCE_CHUNK = 1 << 18
-# Where fp32 partial dots do not decide: |cos| so near 1 that the merged norm may be all cancellation (its error is at
-# most 1e-6 S² / 2‖g‖, and ‖g‖ >= S sqrt(1 - cos²) / 2 with S = ‖a g_t‖ + ‖b g_r‖), a cosine this close to the conflict
-# threshold, and squares this close to the ends of the fp32 range.
-PARALLEL = 0.995
-THRESHOLD_MARGIN = 1e-5
-# tr has an error of 3e-7 sqrt(tt rr), so tr/rr, which a projection uses, has 1e-5 of itself only from this cosine on.
-PROJECTED_COSINE = 0.05
-FP32_SQUARES = (1e-20, 1e30)
 # Elements that are widened to fp32 at a time for half-precision parameters: bounds the temporary memory, and small
 # temporaries come from the allocator without page faults. bf16, 20 M elements, one thread: 38 ms with 2**20, 48 with
 # 2**22, 53 with 2**24, 55 with 2**19.
 WIDEN_CHUNK = 1 << 20
+
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Rule:
 
 class Backend(Protocol):
     """Reduce the gradients of a device to their Gram matrix; then update parameters, moments and the dual state."""
+
+    # Whether gradients are read where autograd left them; otherwise they land in flat buffers.
+    in_place: bool
 
     def step(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule, has_ret: bool) -> None:
         """Reduce and apply on one device."""
@@ -63,8 +66,154 @@ class Backend(Protocol):
         """Apply the update that follows from the Gram matrix summed over all devices."""
 
 
+class Decision(NamedTuple):
+    """What follows from the Gram matrix; numbers, or tensors of shape ().
+
+    Attributes:
+        a: Weight of the task gradient in AdamW's gradient, clip and scale included.
+        b: Weight of the retention gradient.
+        ratio: b / a.
+        finite: Whether the step takes place.
+        dual: The dual state after it, in the order of ``DUAL_NAMES``.
+        metrics: In the order of ``METRIC_NAMES``.
+    """
+
+    a: Any
+    b: Any
+    ratio: Any
+    finite: Any
+    dual: list[Any]
+    metrics: list[Any]
+
+
+def decide(gram: Sequence[Any], step_in: Sequence[Any], dual: Sequence[Any], rule: Rule, has_ret: bool) -> Decision:
+    """The scalar part of a step, for numbers and for tensors alike.
+
+    Args:
+        gram: tt, tr, rr of the gradients as they lie there, a GradScaler's scale included.
+        step_in: In the order of ``STEP_IN_NAMES``.
+        dual: In the order of ``DUAL_NAMES``.
+        rule: Settings.
+        has_ret: Whether there is a retention gradient.
+    """
+    captured, grad_scale, found_inf, measured, ret_weight = step_in
+    ratio: Any
+    scale: Any
+    lam, clock, skipped, ema, xi = dual
+    epsilon = epsilon_schedule(clock, rule.config, rule.decay_steps)
+    tt, tr, rr = (x / (grad_scale * grad_scale) for x in gram)
+    if has_ret:
+        coef = coefficients(Gram(tt, tr, rr), lam, rule.config, rule.max_grad_norm, ret_weight)
+    else:
+        coef = task_only_coefficients(tt, rule.max_grad_norm)
+    ratio, scale = coef.b / coef.a, coef.clip / grad_scale
+    # A ratio beyond fp32 (a retention gradient of denormals) would turn 0 * inf into NaN.
+    finite = isfinite(tt) & isfinite(tr) & isfinite(rr) & (found_inf == 0) & (abs(ratio) <= FP32_MAX)
+    if has_ret:
+        finite = finite & isfinite(captured)
+    after = advance(Multiplier(lam, ema, xi), captured, epsilon, rule.config, finite & (measured > 0))
+    clock, skipped = where(finite, clock + 1, clock), where(finite, skipped, skipped + 1)
+    missing = tt * math.nan
+    named = {
+        "dot": tr if has_ret else missing,
+        "cos": coef.cos if has_ret else missing,
+        "conflict": where(coef.conflict, 1.0, 0.0),
+        "grad_norm": coef.grad_norm,
+        "lam_before": lam,
+        "lam_after": after.lam,
+        "epsilon": epsilon,
+        "retention_loss": where(measured > 0, captured, math.nan) if has_ret else missing,
+        "skipped": where(finite, 0.0, 1.0),
+        "skipped_total": skipped,
+        "a": coef.a,
+        "b": coef.b,
+        "clip_scale": coef.clip,
+        "tt": tt,
+        "rr": rr if has_ret else missing,
+        "t": clock,
+    }
+    return Decision(
+        a=coef.a * scale,
+        b=coef.b * scale,
+        ratio=ratio,
+        finite=finite,
+        dual=[after.lam, clock, skipped, after.ema, after.xi],
+        metrics=[named[name] for name in kernel.METRIC_NAMES],
+    )
+
+
+class NumbaBackend:
+    """Two native passes over gradients, parameters and moments where they lie; scalars are Python numbers."""
+
+    in_place = True
+
+    def __init__(self) -> None:
+        # Imported here: Numba takes most of a second, and whoever trains on a GPU never needs it.
+        from craft_opt.kernels import surgery_adamw_cpu
+
+        self._kernel = surgery_adamw_cpu
+
+    def step(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule, has_ret: bool) -> None:
+        """Reduce and apply on one device."""
+        self._finish(layout, groups, rule, has_ret, self._gram(layout))
+
+    def reduce(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule, has_ret: bool) -> Tensor:
+        """Return tt, tr, rr in fp64, shape (3,)."""
+        return torch.tensor(self._gram(layout), dtype=torch.float64)
+
+    def apply(
+        self,
+        layout: DeviceLayout,
+        groups: Sequence[Mapping[str, Any]],
+        rule: Rule,
+        has_ret: bool,
+        gram: Tensor,
+    ) -> None:
+        """Merge, clip, AdamW and the multiplier."""
+        self._finish(layout, groups, rule, has_ret, gram.tolist())
+
+    def _gram(self, layout: DeviceLayout) -> tuple[float, float, float]:
+        k, plan = self._kernel, layout.backend_state
+        if not isinstance(plan, k.CpuPlan):
+            plan = k.CpuPlan([slot.size.numel() for slot in layout.slots], [slot.dtype for slot in layout.slots])
+            plan.table[:, k.GROUP] = [slot.group for slot in layout.slots]
+            plan.table[:, k.M] = [slot.exp_avg.data_ptr() for slot in layout.slots]
+            plan.table[:, k.V] = [slot.exp_avg_sq.data_ptr() for slot in layout.slots]
+            if layout.amsgrad:
+                plan.table[:, k.V_MAX] = [_present(slot.max_exp_avg_sq).data_ptr() for slot in layout.slots]
+            layout.backend_state = plan
+        plan.table[:, k.P] = [slot.target.data_ptr() for slot in layout.slots]
+        plan.table[:, k.TASK] = _addresses([slot.task_view for slot in layout.slots], layout.task_present)
+        plan.table[:, k.RET] = _addresses([slot.ret_view for slot in layout.slots], layout.ret_present)
+        return plan.gram()
+
+    def _finish(
+        self,
+        layout: DeviceLayout,
+        groups: Sequence[Mapping[str, Any]],
+        rule: Rule,
+        has_ret: bool,
+        gram: Sequence[float],
+    ) -> None:
+        buffers, plan = layout.buffers, layout.backend_state
+        assert isinstance(plan, self._kernel.CpuPlan), "the reduction made it"
+        before = buffers.dual.tolist()
+        decision = decide(gram, buffers.step_in.tolist(), before, rule, has_ret)
+        if decision.finite:
+            stochastic = rule.config.bf16_rounding == "stochastic"
+            if stochastic:
+                keys = rounding.rounding_keys(rule.config.rounding_seed, layout.streams, int(before[1]))
+                plan.table[:, self._kernel.KEY] = keys.numpy()
+            plan.update(_packed(groups), buffers.steps, decision.a, decision.b, stochastic=stochastic)
+            buffers.steps.add_(_mask(_reached(layout), layout.device))
+        buffers.dual.copy_(torch.tensor(decision.dual, dtype=torch.float64))
+        buffers.metrics.copy_(torch.tensor(decision.metrics, dtype=torch.float64))
+
+
 class TorchBackend:
-    """The step in flat tensor operations, for CPUs and as the second implementation that tests compare with."""
+    """The step in flat tensor operations: where neither kernel runs, and the second implementation that tests use."""
+
+    in_place = False
 
     def step(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule, has_ret: bool) -> None:
         """Reduce and apply on one device."""
@@ -76,12 +225,7 @@ class TorchBackend:
             (task, layout.buffers.grads_ret[dtype] if has_ret else None)
             for dtype, task in layout.buffers.grads_task.items()
         ]
-        # Choosing by value costs nothing on a CPU; on a CUDA device it would wait for the stream.
-        if layout.device.type == "cpu":
-            quick = _gram(pairs, torch.float32)
-            if _fp32_decides(quick, has_ret, rule.config.conflict_threshold):
-                return quick
-        return _gram(pairs, torch.float64)
+        return _gram(pairs)
 
     def apply(
         self,
@@ -92,101 +236,73 @@ class TorchBackend:
         gram: Tensor,
     ) -> None:
         """Merge, clip, AdamW and the multiplier."""
-        buffers, config = layout.buffers, rule.config
-        captured, grad_scale, found_inf, measured = buffers.step_in.unbind()
-        lam, clock, skipped = buffers.dual.clone().unbind()
-        epsilon = epsilon_schedule(clock, config, rule.decay_steps)
-
-        tt, tr, rr = (gram / (grad_scale * grad_scale)).unbind()
-        if has_ret:
-            coef = coefficients(Gram(tt, tr, rr), lam, config, rule.max_grad_norm)
-        else:
-            coef = task_only_coefficients(tt, rule.max_grad_norm)
-        finite = gram.isfinite().all() & (found_inf == 0)
-        if has_ret:
-            finite = finite & captured.isfinite()
-
-        # A ratio beyond fp32 (a retention gradient of denormals) would turn 0 * inf into NaN.
-        ratio = coef.b / coef.a
-        finite = finite & (ratio.abs() <= torch.finfo(torch.float32).max)
-        self._adamw(layout, groups, ratio, coef.a * coef.clip / grad_scale, finite, has_ret)
-
-        lam_after = torch.where(finite & (measured > 0), update_lambda(lam, captured, epsilon, config), lam)
-        buffers.dual.copy_(torch.stack((lam_after, clock + finite, skipped + ~finite)))
-        missing = torch.full_like(tt, math.nan)
-        named = {
-            "dot": tr if has_ret else missing,
-            "cos": coef.cos if has_ret else missing,
-            "conflict": coef.conflict.double(),
-            "grad_norm": coef.grad_norm,
-            "lam_before": lam,
-            "lam_after": lam_after,
-            "epsilon": epsilon,
-            "retention_loss": captured if has_ret else missing,
-            "skipped": (~finite).double(),
-            "skipped_total": buffers.dual[2],
-            "a": coef.a,
-            "b": coef.b,
-            "clip_scale": coef.clip,
-            "tt": tt,
-            "rr": rr if has_ret else missing,
-            "t": buffers.dual[1],
-        }
-        buffers.metrics.copy_(torch.stack([named[name] for name in kernel.METRIC_NAMES]))
+        buffers = layout.buffers
+        dual = buffers.dual.clone()
+        decision = decide(gram.unbind(), buffers.step_in.unbind(), dual.unbind(), rule, has_ret)
+        self._adamw(layout, groups, rule, decision, has_ret, dual[1])
+        buffers.dual.copy_(torch.stack(decision.dual))
+        buffers.metrics.copy_(torch.stack([_as_fp64(x, dual) for x in decision.metrics]))
 
     def _adamw(
         self,
         layout: DeviceLayout,
         groups: Sequence[Mapping[str, Any]],
-        ratio: Tensor,
-        scale: Tensor,
-        finite: Tensor,
+        rule: Rule,
+        decision: Decision,
         has_ret: bool,
+        clock: Tensor,
     ) -> None:
-        """AdamW on ``scale * (g_t + ratio * g_r)`` for every parameter with a gradient, if ``finite``."""
-        buffers = layout.buffers
+        """AdamW on ``a * (g_t + ratio * g_r)`` for every parameter with a gradient, if the step is finite."""
+        buffers, finite = layout.buffers, decision.finite
         # A skipped step must leave no NaN behind in the padding of the retention buffer.
-        ratio = torch.where(finite, ratio, 0.0).float()
+        ratio = torch.where(finite, decision.ratio, 0.0).float()
         skip = (~finite).float()
         # torch's fused AdamW divides by grad_scale and writes the quotient back to the gradients.
-        divisor: Tensor | None = torch.where(finite, 1.0 / scale, 1.0).float()
-        if layout.device.type == "cpu" and divisor is not None and divisor.item() == 1.0:
-            divisor = None
+        divisor = torch.where(finite, 1.0 / decision.a, 1.0).float()
 
-        present = [t or r for t, r in zip(layout.task_present, layout.ret_present, strict=True)]
+        present = _reached(layout)
         buffers.steps.add_(_mask(present, layout.device) * finite)
-        exact = torch.float32
+        exact, merged = torch.float32, None
         if has_ret and exact in buffers.grads_task:
-            task, ret = buffers.grads_task[exact], buffers.grads_ret[exact]
-            if layout.device.type == "cpu":
-                # A number where reading it waits for nobody: 3.4 ms against 5.3 ms with a broadcast tensor (20 M).
-                torch.add(task, ret, alpha=ratio.item(), out=ret)
+            task, merged = buffers.grads_task[exact], buffers.grads_ret[exact]
+            if rule.config.off_steps == "reuse":
+                # The retention gradient is needed again.
+                merged = torch.addcmul(task, merged, ratio)
             else:
-                torch.addcmul(task, ret, ratio, out=ret)
-            # Segments that no retention gradient reached were written too, and must be zero again at the next step.
-            for slot in layout.slots:
-                slot.ret_dirty = slot.ret_dirty or slot.dtype is exact
+                torch.addcmul(task, merged, ratio, out=merged)
+                # Segments that no retention gradient reached were written too, and must be zero at the next step.
+                for slot in layout.slots:
+                    slot.ret_dirty = slot.ret_dirty or slot.dtype is exact
         for batch in _batches(layout.slots, present):
             group = groups[batch[0].group]
             params = [slot.target for slot in batch]
             if batch[0].dtype is exact:
-                grads = [_view(slot, has_ret) for slot in batch]
-                if divisor is not None and not has_ret:
+                if merged is not None:
+                    grads = [torch.as_strided(merged, s.size, s.stride, s.grad_offset) for s in batch]
+                else:
                     # Without retention the buffer is the caller's .grad, which step() leaves as it is.
-                    grads = [g.clone() for g in grads]
+                    grads = [_present(slot.task_view).clone() for slot in batch]
                 _fused_adamw(params, grads, batch, group, divisor, skip)
                 continue
-            grads = [slot.task_view.float() for slot in batch]
+            grads = [_present(slot.task_view).float() for slot in batch]
             if has_ret:
                 for grad, slot in zip(grads, batch, strict=True):
-                    grad.addcmul_(_view(slot, True).float(), ratio)
+                    grad.addcmul_(_present(slot.ret_view).float(), ratio)
             wide = [p.float() for p in params]
             _fused_adamw(wide, grads, batch, group, divisor, skip)
-            torch._foreach_copy_(params, wide)
+            if rule.config.bf16_rounding == "stochastic" and batch[0].dtype is torch.bfloat16:
+                for slot, w in zip(batch, wide, strict=True):
+                    key = rounding.rounding_key(rule.config.rounding_seed, layout.streams[slot.segment], clock)
+                    # Rounding what did not move gives it back, so a skipped step changes nothing here.
+                    rounding.stochastic_round_(_in_memory_order(slot.target), _in_memory_order(w), key)
+            else:
+                torch._foreach_copy_(params, wide)
 
 
 class TritonBackend:
     """The step in one kernel launch; several devices take its two-phase form."""
+
+    in_place = False
 
     def step(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule, has_ret: bool) -> None:
         """Everything in one launch."""
@@ -211,35 +327,32 @@ class TritonBackend:
         layout.buffers.partials[0].copy_(gram)
         kernel.apply(layout.plan, layout.buffers, n_partials=1, **self._constants(layout, rule, has_ret))
 
+    def prepare(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule) -> None:
+        """Upload what changed in hyperparameters and settings, without waiting."""
+        layout.plan.set_groups(_packed(groups))
+        if layout.backend_state == rule:
+            return
+        config = rule.config
+        settings = kernel.pack_settings(
+            conflict_threshold=config.conflict_threshold,
+            max_grad_norm=rule.max_grad_norm,
+            lambda_lr=config.lambda_lr,
+            lambda_max=config.lambda_max,
+            epsilon_start=config.epsilon_start,
+            epsilon_end=config.epsilon_end,
+            decay_steps=rule.decay_steps,
+            nupi_kp=config.nupi_kp,
+            nupi_nu=config.nupi_nu,
+            retention_ema=config.retention_ema,
+            rounding_seed=config.rounding_seed,
+        )
+        layout.buffers.settings.copy_(settings)
+        layout.backend_state = rule
+
     def _prepare(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule) -> None:
         layout.plan.set_addresses([slot.target.data_ptr() for slot in layout.slots])
         layout.plan.set_present(layout.task_present, layout.ret_present)
-        layout.plan.set_groups(
-            [
-                kernel.pack_group(
-                    float(group["lr"]),
-                    *map(float, group["betas"]),
-                    group["eps"],
-                    group["weight_decay"],
-                    maximize=group["maximize"],
-                    amsgrad=group["amsgrad"],
-                )
-                for group in groups
-            ]
-        )
-        if layout.uploaded_rule != rule:
-            config = rule.config
-            settings = kernel.pack_settings(
-                conflict_threshold=config.conflict_threshold,
-                max_grad_norm=rule.max_grad_norm,
-                lambda_lr=config.lambda_lr,
-                lambda_max=config.lambda_max,
-                epsilon_start=config.epsilon_start,
-                epsilon_end=config.epsilon_end,
-                decay_steps=rule.decay_steps,
-            )
-            layout.buffers.settings.copy_(settings)
-            layout.uploaded_rule = rule
+        self.prepare(layout, groups, rule)
 
     @staticmethod
     def _constants(layout: DeviceLayout, rule: Rule, has_ret: bool) -> dict[str, Any]:
@@ -247,41 +360,49 @@ class TritonBackend:
             "merge": rule.config.projection_mode,
             "project": rule.config.use_grad_projection,
             "schedule": rule.config.epsilon_schedule,
+            "controller": rule.config.lambda_controller,
+            "rounding": rule.config.bf16_rounding,
             "has_ret": has_ret,
             "amsgrad": layout.amsgrad,
         }
 
 
-def _gram(pairs: Sequence[tuple[Tensor, Tensor | None]], dtype: torch.dtype) -> Tensor:
-    """tt, tr, rr of flat gradients in fp64, shape (3,): chunks reduced in ``dtype``, their sums in fp64."""
+@cache
+def numba_is_available() -> bool:
+    """Whether Numba is installed."""
+    return find_spec("numba") is not None
+
+
+def _packed(groups: Sequence[Mapping[str, Any]]) -> list[tuple[float, ...]]:
+    return [
+        kernel.pack_group(
+            float(group["lr"]),
+            *map(float, group["betas"]),
+            group["eps"],
+            group["weight_decay"],
+            maximize=group["maximize"],
+            amsgrad=group["amsgrad"],
+        )
+        for group in groups
+    ]
+
+
+def _gram(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """tt, tr, rr of flat gradients in fp64, shape (3,)."""
     device = pairs[0][0].device
     parts: list[Tensor] = []
-    zero = torch.zeros((), dtype=dtype, device=device)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
     for task, ret in pairs:
         for start in range(0, task.numel(), REDUCE_CHUNK):
-            t = task[start : start + REDUCE_CHUNK].to(dtype)
+            t = task[start : start + REDUCE_CHUNK].double()
             if ret is None:
                 parts += (torch.dot(t, t), zero, zero)
             else:
-                r = ret[start : start + REDUCE_CHUNK].to(dtype)
+                r = ret[start : start + REDUCE_CHUNK].double()
                 parts += (torch.dot(t, t), torch.dot(t, r), torch.dot(r, r))
     if not parts:
         return torch.zeros(3, dtype=torch.float64, device=device)
-    return torch.stack(parts).double().view(-1, 3).sum(dim=0)
-
-
-def _fp32_decides(gram: Tensor, has_ret: bool, threshold: float) -> bool:
-    """Whether partial dots in fp32 give coefficients and norm to the bounds of the contract."""
-    tt, tr, rr = gram.tolist()
-    low, high = FP32_SQUARES
-    squares = (tt, rr) if has_ret else (tt,)
-    if not all(low < square < high for square in squares):
-        return False
-    if not has_ret:
-        return True
-    cos = tr / math.sqrt(tt) / math.sqrt(rr)
-    clear = cos > threshold + THRESHOLD_MARGIN or cos < min(threshold - THRESHOLD_MARGIN, -PROJECTED_COSINE)
-    return clear and abs(cos) < PARALLEL
+    return torch.stack(parts).view(-1, 3).sum(dim=0)
 
 
 def _batches(slots: Sequence[Slot], present: Sequence[bool]) -> Iterator[list[Slot]]:
@@ -305,10 +426,6 @@ def _batches(slots: Sequence[Slot], present: Sequence[bool]) -> Iterator[list[Sl
         yield batch
 
 
-def _view(slot: Slot, retention: bool) -> Tensor:
-    return _present(slot.ret_view if retention else slot.task_view)
-
-
 def _present(view: Tensor | None) -> Tensor:
     assert view is not None, "the layout allocates before a backend runs"
     return view
@@ -319,7 +436,7 @@ def _fused_adamw(
     grads: list[Tensor],
     slots: Sequence[Slot],
     group: Mapping[str, Any],
-    divisor: Tensor | None,
+    divisor: Tensor,
     skip: Tensor,
 ) -> None:
     amsgrad = group["amsgrad"]
@@ -342,7 +459,25 @@ def _fused_adamw(
     )
 
 
+def _reached(layout: DeviceLayout) -> list[bool]:
+    return [task or ret for task, ret in zip(layout.task_present, layout.ret_present, strict=True)]
+
+
 def _mask(present: Sequence[bool], device: torch.device) -> Tensor:
     if all(present):
         return torch.ones((), device=device)
     return torch.tensor(present, dtype=torch.float32).to(device, non_blocking=True)
+
+
+def _addresses(grads: Sequence[Tensor | None], present: Sequence[bool]) -> list[int]:
+    return [g.data_ptr() if there and g is not None else 0 for g, there in zip(grads, present, strict=True)]
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor as one dimension, in the order of their addresses."""
+    return torch.as_strided(tensor, (tensor.numel(),), (1,))
+
+
+def _as_fp64(x: Any, like: Tensor) -> Tensor:
+    # A fill, not a copy from the host: that would wait for a CUDA device.
+    return x.double() if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=like.device)

@@ -1,4 +1,7 @@
-"""Flat buffers of one device, and how gradients land in them.
+"""Where the numbers of one device lie: flat buffers of moments, and of gradients where a backend wants them flat.
+
+A backend that reads gradients where autograd left them (the CPU kernel) gets references: nothing is copied, a captured
+retention gradient is kept by moving the tensor out of ``.grad``. For the others gradients land in flat buffers.
 
 A gradient lands in two ways. Autograd may accumulate into ``.grad`` in place where ``.grad`` already is a view of a
 flat buffer; that costs a memset and a read-modify-write. Or ``.grad`` is None (``zero_grad`` sets it so), autograd
@@ -35,13 +38,16 @@ class Slot:
     size: torch.Size
     stride: tuple[int, ...]
     grad_offset: int
-    task_view: Tensor
+    # Segments of the flat buffers, or, where gradients stay in place, the gradients of this step.
+    task_view: Tensor | None
     exp_avg: Tensor
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None
     step: Tensor
     ret_view: Tensor | None = None
     ret_present: bool = False
+    # Whether ret_view still holds the gradient of an earlier step, kept to be reused.
+    ret_kept: bool = False
     # Whether the segment may hold anything but zeros: an absent gradient must read as zero.
     task_dirty: bool = False
     ret_dirty: bool = False
@@ -55,19 +61,27 @@ class Slot:
 
 
 class DeviceLayout:
-    """The flat buffers of one device: two gradient buffers a dtype, fp32 moments, step counts, dual state."""
+    """What the parameters of one device need beside themselves: gradients, fp32 moments, step counts, dual state."""
 
-    def __init__(self, device: torch.device, params: Sequence[tuple[Tensor, int]], amsgrad: bool) -> None:
-        """Lay out ``params`` (pairs of parameter and index of its group) and allocate all but the retention buffer."""
+    def __init__(
+        self, device: torch.device, params: Sequence[tuple[Tensor, int, int]], amsgrad: bool, *, in_place: bool
+    ) -> None:
+        """Lay out ``params`` (parameter, index of its group, its number among all) and allocate all but retention.
+
+        With ``in_place`` gradients stay where autograd puts them and no buffers are made for them.
+        """
         self.device = device
         self.amsgrad = amsgrad
-        self.plan = SurgeryPlan([SegmentSpec(p.dtype, p.numel(), group) for p, group in params], device)
-        self.buffers = SurgeryBuffers.allocate(self.plan, amsgrad=amsgrad, retention=False)
+        self.in_place = in_place
+        self.streams = [stream for _, _, stream in params]
+        segments = [SegmentSpec(p.dtype, p.numel(), group, stream) for p, group, stream in params]
+        self.plan = SurgeryPlan(segments, device)
+        self.buffers = SurgeryBuffers.allocate(self.plan, amsgrad=amsgrad, task=not in_place, retention=False)
         self.task_present: list[bool] = []
         self.ret_present: list[bool] = []
-        # What buffers.settings holds. It lives and dies with them: a backend outlives a layout that is built again.
-        self.uploaded_rule: object = None
-        self.slots = [self._make_slot(i, p, group) for i, (p, group) in enumerate(params)]
+        # What a backend keeps with these buffers (uploaded settings, tables): it lives and dies with them.
+        self.backend_state: object = None
+        self.slots = [self._make_slot(i, p, group) for i, (p, group, _) in enumerate(params)]
 
     def _make_slot(self, i: int, p: Tensor, group: int) -> Slot:
         plan, buffers = self.plan, self.buffers
@@ -88,7 +102,7 @@ class DeviceLayout:
             size=p.size(),
             stride=stride,
             grad_offset=plan.grad_offset[i],
-            task_view=view(buffers.grads_task[p.dtype], plan.grad_offset[i]),
+            task_view=None if self.in_place else view(buffers.grads_task[p.dtype], plan.grad_offset[i]),
             exp_avg=view(buffers.m, moment),
             exp_avg_sq=view(buffers.v, moment),
             max_exp_avg_sq=None if buffers.vmax is None else view(buffers.vmax, moment),
@@ -106,7 +120,7 @@ class DeviceLayout:
 
     def ensure_retention(self) -> None:
         """Allocate the retention buffers; plain AdamW never pays for them."""
-        if self.buffers.grads_ret:
+        if self.in_place or self.buffers.grads_ret:
             return
         for dtype in self.plan.dtypes:
             self.buffers.grads_ret[dtype] = torch.zeros_like(self.buffers.grads_task[dtype])
@@ -117,7 +131,32 @@ class DeviceLayout:
 
     @torch.no_grad()
     def land(self, *, retention: bool) -> None:
-        """Bring every ``.grad`` into the task or the retention buffer and note which parameters have one."""
+        """Take every ``.grad`` as task or retention gradient and note which parameters have one."""
+        if retention:
+            for slot in self.slots:
+                slot.ret_kept = False
+        if self.in_place:
+            self._refer(retention=retention)
+        else:
+            self._copy(retention=retention)
+        if not retention:
+            self.task_present = [slot.param.grad is not None for slot in self.slots]
+
+    def _refer(self, *, retention: bool) -> None:
+        for slot in self.slots:
+            grad = slot.param.grad
+            if grad is not None:
+                check_grad(grad)
+                grad = grad.detach()
+                # The kernel walks a gradient and its parameter in the same order of memory.
+                if grad.stride() != slot.stride and not _same_order(grad, slot.stride):
+                    grad = torch.empty_strided(slot.size, slot.stride, dtype=grad.dtype).copy_(grad)
+            if not retention:
+                slot.task_view = grad
+            elif grad is not None:
+                slot.ret_view, slot.ret_present = grad, True
+
+    def _copy(self, *, retention: bool) -> None:
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         stale: list[Tensor] = []
@@ -144,8 +183,6 @@ class DeviceLayout:
             torch._foreach_copy_(targets, sources)
         if stale:
             torch._foreach_zero_(stale)
-        if not retention:
-            self.task_present = [slot.param.grad is not None for slot in self.slots]
 
     def settle_retention(self) -> bool:
         """Zero the retention segments that hold an old gradient; return whether any gradient is pending."""
@@ -157,10 +194,18 @@ class DeviceLayout:
         self.ret_present = [slot.ret_present for slot in self.slots]
         return any(self.ret_present)
 
-    def drop_retention(self) -> None:
-        """Forget the retention gradient: consumed by a step, or given up."""
+    def drop_retention(self, *, keep: bool = False) -> None:
+        """Forget the retention gradient (consumed by a step, or given up), or keep what was pending for reuse."""
         for slot in self.slots:
+            slot.ret_kept = keep and slot.ret_present
             slot.ret_present = False
+            if self.in_place and not slot.ret_kept:
+                slot.ret_view = None
+
+    def recall_retention(self) -> None:
+        """Make the kept retention gradient pending again."""
+        for slot in self.slots:
+            slot.ret_present, slot.ret_kept = slot.ret_kept, False
 
     def stage_in(self) -> None:
         """Copy parameters that the backends cannot address into their stand-ins."""
@@ -184,12 +229,19 @@ def check_grad(grad: Tensor) -> None:
         )
 
 
-def group_by_device(params: Iterable[tuple[Tensor, int]]) -> dict[torch.device, list[tuple[Tensor, int]]]:
-    """Return the parameters of each device, in order."""
-    devices: dict[torch.device, list[tuple[Tensor, int]]] = {}
-    for p, group in params:
-        devices.setdefault(p.device, []).append((p, group))
+def group_by_device(
+    params: Iterable[tuple[Tensor, int, int]],
+) -> dict[torch.device, list[tuple[Tensor, int, int]]]:
+    """Return the parameters of each device, in order, with the index of their group and their number."""
+    devices: dict[torch.device, list[tuple[Tensor, int, int]]] = {}
+    for p, group, number in params:
+        devices.setdefault(p.device, []).append((p, group, number))
     return devices
+
+
+def _same_order(grad: Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether the elements lie as these strides say; the stride of a dimension of one element says nothing."""
+    return all(a == b for a, b, n in zip(grad.stride(), stride, grad.size(), strict=True) if n != 1)
 
 
 def _is_dense(p: Tensor) -> bool:

@@ -18,14 +18,22 @@ from torch.utils.hooks import RemovableHandle
 from craft_opt.config import CraftConfig
 from craft_opt.dual import DualState
 from craft_opt.kernels import surgery_adamw as kernel
-from craft_opt.optimizer._backends import Backend, Rule, TorchBackend, TritonBackend
+from craft_opt.optimizer._backends import (
+    Backend,
+    NumbaBackend,
+    Rule,
+    TorchBackend,
+    TritonBackend,
+    numba_is_available,
+)
 from craft_opt.optimizer._layout import LAND_AT_ONCE, DeviceLayout, Slot, check_grad, group_by_device
 from craft_opt.optimizer._metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "numba", "torch")
 DUAL_KEY = "craft_dual"
+REUSED_KEY = "craft_reused"
 SETTINGS = ("config", "max_grad_norm", "backend", "total_steps")
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -52,7 +60,8 @@ class CraftOptimizer(Optimizer):
         weight_decay: Decoupled decay, at least 0.
         max_grad_norm: Bound of the merged gradient's norm; None means no clip.
         config: Surgery and dual settings; the anchor fields are not read here.
-        backend: ``triton`` (one kernel launch; CUDA), ``torch`` (flat tensor operations) or ``auto``.
+        backend: ``triton`` (one kernel launch; CUDA), ``numba`` (native loops; CPU, fp32 and bf16), ``torch`` (flat
+            tensor operations) or ``auto``.
         total_steps: Length of the run in steps; stands in where ``config.epsilon_decay_steps`` is 0. Without either ε
             stays at ``epsilon_start``.
         amsgrad: As in ``torch.optim.AdamW``.
@@ -139,6 +148,8 @@ class CraftOptimizer(Optimizer):
         # What the first layout starts from; the layouts hold it afterwards.
         self._first_dual = DualState.create(self.config, "cpu").vector
         self._attempted = 0
+        # Steps since the retention gradient in the buffers was measured; None where there is none.
+        self._age: int | None = None
         self._stepped = False
         self._attached: tuple[Callable[[], Tensor], int] | None = None
         self._incoming: dict[str, Any] | None = None
@@ -196,13 +207,13 @@ class CraftOptimizer(Optimizer):
     def _on_accumulated(self, p: Tensor) -> None:
         """After autograd accumulated into ``p.grad``: note the backward, and land a large gradient at once."""
         if not self._capturing:
-            self._task_backwards.add(torch._C._current_graph_task_id())
+            self._note_backward(p)
         if p.numel() < LAND_AT_ONCE:
             return
         if p not in self._slots:
             self._ensure_layout()
         slot, grad = self._slots.get(p), p.grad
-        if slot is None or grad is None:
+        if slot is None or grad is None or self._backends[p.device.type].in_place:
             return
         view = slot.ret_view if self._capturing else slot.task_view
         # A gradient with a graph of its own (create_graph=True) stays until the step: the caller may yet use it.
@@ -215,34 +226,54 @@ class CraftOptimizer(Optimizer):
         else:
             slot.task_dirty = True
 
+    def _note_backward(self, p: Tensor) -> None:
+        """Count the backward passes whose gradients lie in ``.grad``."""
+        task_id = torch._C._current_graph_task_id()
+        if task_id in self._task_backwards:
+            return
+        # model.zero_grad() does not pass by here: a .grad that is None everywhere else tells that it was called.
+        if self._task_backwards and all(q is p or q.grad is None for g in self.param_groups for q in g["params"]):
+            self._task_backwards.clear()
+        self._task_backwards.add(task_id)
+
     def _ensure_layout(self) -> list[DeviceLayout]:
         """Return the layouts, built again where parameters were added, (un)frozen, moved or changed their form."""
-        trainable = [(p, i) for i, g in enumerate(self.param_groups) for p in g["params"] if p.requires_grad]
-        signature = [p.data_ptr() for p, _ in trainable]
+        trainable = self._trainable()
+        signature = [p.data_ptr() for p, _, _ in trainable]
         if signature == self._signature and len(trainable) == len(self._slots):
             return self._layouts
         same = len(trainable) == len(self._slots) and all(
-            p in self._slots and self._slots[p].group == i for p, i in trainable
+            p in self._slots and self._slots[p].group == i for p, i, _ in trainable
         )
         if not (same and all(layout.matches(slot) for layout in self._layouts for slot in layout.slots)):
             self._build(trainable)
         self._signature = signature
         return self._layouts
 
-    def _build(self, trainable: list[tuple[Tensor, int]]) -> None:
+    def _trainable(self) -> list[tuple[Tensor, int, int]]:
+        """Parameters that can have a gradient, with the index of their group and their number in the state dict."""
+        everything = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
+        return [(p, i, number) for number, (p, i) in enumerate(everything) if p.requires_grad]
+
+    def _build(self, trainable: list[tuple[Tensor, int, int]]) -> None:
         """Lay the parameters out afresh, keeping moments, step counts, dual state and pending gradients."""
-        for device in {p.device for p, _ in trainable}:
+        for device in {p.device for p, _, _ in trainable}:
             if device.type not in ("cpu", "cuda"):
                 raise ValueError(f"CraftOptimizer runs on CPU and CUDA devices, got parameters on {device}")
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
-        pending = {p: slot.ret_view for p, slot in self._slots.items() if slot.ret_present}
+        held = {
+            p: (slot.ret_view, slot.ret_kept) for p, slot in self._slots.items() if slot.ret_present or slot.ret_kept
+        }
         dual = self._dual.clone()
         old = self._layouts[0].buffers if self._layouts else None
 
-        self._layouts = [DeviceLayout(d, members, amsgrad) for d, members in group_by_device(trainable).items()]
+        members = group_by_device(trainable)
+        self._backends = {d.type: self._choose(d, {p.dtype for p, _, _ in m}) for d, m in members.items()}
+        self._layouts = [
+            DeviceLayout(d, m, amsgrad, in_place=self._backends[d.type].in_place) for d, m in members.items()
+        ]
         self._slots = {slot.param: slot for layout in self._layouts for slot in layout.slots}
-        self._backends = {layout.device.type: self._choose(layout.device) for layout in self._layouts}
-        self._hook([p for p, _ in trainable])
+        self._hook([p for p, _, _ in trainable])
         for p, slot in self._slots.items():
             if self.state.get(p):
                 self._fill(slot, self.state[p])
@@ -250,34 +281,50 @@ class CraftOptimizer(Optimizer):
             layout.buffers.dual.copy_(dual)
             if old is None:
                 layout.buffers.step_in[1] = 1.0  # grad_scale
+                layout.buffers.step_in[4] = 1.0  # ret_weight
             else:
                 layout.buffers.step_in.copy_(old.step_in)
                 layout.buffers.metrics.copy_(old.metrics)
-            if pending:
-                layout.ensure_retention()
-        for p, grad in pending.items():
-            kept = self._slots.get(p)
-            if kept is not None and kept.ret_view is not None and grad is not None:
-                kept.ret_view.copy_(grad)
-                kept.ret_present = kept.ret_dirty = True
+        for p, (grad, kept) in held.items():
+            if p in self._slots and grad is not None:
+                self._hold_retention(self._slots[p], grad, kept=kept)
+
+    def _hold_retention(self, slot: Slot, grad: Tensor, *, kept: bool) -> None:
+        """Put a retention gradient where the backend looks for it: pending, or kept for reuse."""
+        layout = next(layout for layout in self._layouts if layout.device == slot.param.device)
+        layout.ensure_retention()
+        if slot.ret_view is None:
+            slot.ret_view = torch.empty_strided(slot.size, slot.stride, dtype=slot.dtype, device=layout.device)
+        slot.ret_view.copy_(grad)
+        slot.ret_present, slot.ret_kept, slot.ret_dirty = not kept, kept, not layout.in_place
 
     @property
     def _dual(self) -> Tensor:
         return self._layouts[0].buffers.dual if self._layouts else self._first_dual
 
-    def _choose(self, device: torch.device) -> Backend:
-        if device.type in self._backends:
-            return self._backends[device.type]
+    def _choose(self, device: torch.device, dtypes: set[torch.dtype]) -> Backend:
+        native = device.type == "cpu" and numba_is_available() and torch.float16 not in dtypes
+        known = self._backends.get(device.type)
+        if known is not None and (native or not known.in_place):
+            return known
         name = self.backend
         if name == "auto":
-            name = "triton" if device.type == "cuda" and kernel.is_available(device) else "torch"
-            logger.info("CraftOptimizer: backend %s for %s", name, device.type)
+            fast = "triton" if device.type == "cuda" and kernel.is_available(device) else "numba" if native else "torch"
+            logger.info("CraftOptimizer: backend %s for %s", fast, device.type)
+            name = fast
         elif name == "triton" and not kernel.is_available(device):
             raise ValueError(
                 f"backend='triton' needs Triton and a CUDA device, got parameters on {device}; "
                 f"use backend='torch' or 'auto'"
             )
-        return TritonBackend() if name == "triton" else TorchBackend()
+        elif name == "numba" and not native:
+            raise ValueError(
+                f"backend='numba' needs Numba and fp32 or bf16 parameters on the CPU, got "
+                f"{', '.join(sorted(map(str, dtypes)))} on {device}"
+                f"{'' if numba_is_available() else ' and no Numba (pip install numba)'}; use backend='torch' or 'auto'"
+            )
+        chosen: dict[str, type[Backend]] = {"triton": TritonBackend, "numba": NumbaBackend, "torch": TorchBackend}
+        return chosen[name]()
 
     # -- retention -----------------------------------------------------------------------------------------------
 
@@ -330,6 +377,7 @@ class CraftOptimizer(Optimizer):
             captured = layout.buffers.step_in
             captured[0] += value.to(captured.device, torch.float64, non_blocking=True)
             captured[3] = 1.0
+        self._age = 0
 
     def capture_retention(self, loss: Tensor | float, *, backward_passes: int | None = 1) -> None:
         """Move the gradients that lie in ``.grad`` into the retention buffer: for loops that call backward elsewhere.
@@ -396,11 +444,28 @@ class CraftOptimizer(Optimizer):
                 scale = getattr(self, "grad_scale", None)
                 (loss if scale is None else loss * scale.to(loss.device)).backward()
 
-    def _drop_retention(self) -> None:
+    def _drop_retention(self, *, keep: bool = False) -> None:
         for layout in self._layouts:
-            layout.drop_retention()
+            layout.drop_retention(keep=keep)
             layout.buffers.step_in[0] = 0.0
             layout.buffers.step_in[3] = 0.0
+            layout.buffers.step_in[4] = 1.0
+        if not keep:
+            self._age = None
+
+    def _recall_retention(self) -> None:
+        """Take the last retention gradient up again, a step older, where the settings say so."""
+        if self._age is None or self.config.off_steps != "reuse":
+            return
+        if getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "off_steps='reuse' does not work with a GradScaler: the retention gradient of an earlier step was "
+                "multiplied by the scale of that step; use off_steps='skip', or bf16, which needs no scaler"
+            )
+        self._age += 1
+        for layout in self._layouts:
+            layout.recall_retention()
+            layout.buffers.step_in[4] = self.config.reuse_decay**self._age
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -441,14 +506,16 @@ class CraftOptimizer(Optimizer):
 
         for layout in layouts:
             layout.land(retention=False)
+        is_measured = any(slot.ret_present for slot in self._slots.values())
+        if not is_measured and any(any(layout.task_present) for layout in layouts):
+            self._recall_retention()
         pending = [layout.settle_retention() for layout in layouts]
         has_ret = any(pending)
         if not has_ret and not any(any(layout.task_present) for layout in layouts):
             return loss
         self._take_amp_scale(has_ret)
 
-        groups = self.param_groups
-        rule = Rule(self.config, self.max_grad_norm, self.config.epsilon_decay_steps or self.total_steps or 0)
+        groups, rule = self.param_groups, self._rule()
         for layout in layouts:
             if has_ret:
                 layout.ensure_retention()
@@ -471,8 +538,9 @@ class CraftOptimizer(Optimizer):
                         self.state[slot.param] = self._state_views(slot)
         # Memory written through raw pointers: autograd must see that saved tensors are stale.
         torch.autograd.graph.increment_version(updated)
-        self._drop_retention()
-        self._attempted += 1
+        self._drop_retention(keep=has_ret and self.config.off_steps == "reuse")
+        if not _is_capturing(layouts):
+            self._attempted += 1
         self._stepped = True
         return loss
 
@@ -491,6 +559,30 @@ class CraftOptimizer(Optimizer):
                     vector[i] = neutral
                 else:
                     vector[i] = value.to(vector.device, torch.float64, non_blocking=True)
+
+    def prepare_replay(self) -> None:
+        """Call this before every replay of a CUDA graph that holds a captured ``step()``.
+
+        A graph repeats what was captured, and nothing that the host does: this brings changed hyperparameters (a
+        scheduler's learning rate) to the device, in stream order and without waiting, and counts the step for
+        :attr:`retention_due`. Capture a step with retention and one without, each after a step of its kind has run;
+        gradients must keep their addresses, so backward belongs into the graph or ``zero_grad(set_to_none=False)``.
+
+        Raises:
+            RuntimeError: The parameters are not on one CUDA device with the Triton backend, or no step ran before.
+        """
+        backend = self._backends.get("cuda")
+        if not self._stepped or len(self._layouts) != 1 or not isinstance(backend, TritonBackend):
+            raise RuntimeError(
+                "prepare_replay() needs a captured step of the Triton backend on one CUDA device; take one step of "
+                "each kind, capture it with torch.cuda.graph(), then call this before every replay()"
+            )
+        backend.prepare(self._layouts[0], self.param_groups, self._rule())
+        self._layouts[0].plan.flush()
+        self._attempted += 1
+
+    def _rule(self) -> Rule:
+        return Rule(self.config, self.max_grad_norm, self.config.epsilon_decay_steps or self.total_steps or 0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the task gradients; a captured retention gradient waits for the step that consumes it."""
@@ -558,6 +650,13 @@ class CraftOptimizer(Optimizer):
                 }
                 saved["state"] = dict(sorted(saved["state"].items()))
             saved["state"][index][DUAL_KEY] = DualState(self._dual).state_dict()
+        if self._age is not None and any(slot.ret_kept for slot in self._slots.values()):
+            # A resumed run goes on reusing the gradient, so it is part of the state.
+            saved["state"][index][DUAL_KEY]["age"] = torch.tensor(self._age)
+            numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+            for p, slot in self._slots.items():
+                if slot.ret_kept and slot.ret_view is not None:
+                    saved["state"][numbers[p]][REUSED_KEY] = slot.ret_view
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -598,7 +697,7 @@ class CraftOptimizer(Optimizer):
                         f"state of parameter {key} has no {name!r} (found: {', '.join(sorted(state))}); "
                         f"only states of AdamW and CraftOptimizer can be loaded"
                     )
-            for name in ADAMW_MOMENTS:
+            for name in (*ADAMW_MOMENTS, REUSED_KEY):
                 if name in state and state[name].shape != p.shape:
                     raise ValueError(
                         f"state of parameter {key}: {name} has shape {tuple(state[name].shape)}, "
@@ -633,7 +732,7 @@ class CraftOptimizer(Optimizer):
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
         self.state.clear()
         self._signature = None
-        self._build([(p, i) for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad])
+        self._build(self._trainable())
         self._drop_retention()
         for key, p in zip(ids, params, strict=True):
             state, slot = incoming["state"].get(key), self._slots.get(p)
@@ -641,10 +740,13 @@ class CraftOptimizer(Optimizer):
                 continue
             if slot is None:
                 # A frozen parameter: kept as it came, for the day it is thawed or saved.
-                self.state[p] = {k: v for k, v in state.items() if k != DUAL_KEY}
+                self.state[p] = {k: v for k, v in state.items() if k not in (DUAL_KEY, REUSED_KEY)}
             else:
                 self._fill(slot, state)
+                if REUSED_KEY in state:
+                    self._hold_retention(slot, state[REUSED_KEY], kept=True)
             if DUAL_KEY in state:
+                self._age = int(state[DUAL_KEY]["age"]) if "age" in state[DUAL_KEY] else None
                 dual = DualState.create(self.config, "cpu")
                 dual.load_state_dict(state[DUAL_KEY], self.config)
                 for layout in self._layouts:
@@ -656,6 +758,11 @@ class CraftOptimizer(Optimizer):
         craft = {name: getattr(self, name) for name in SETTINGS}
         craft.update(dual=self._dual.to("cpu", copy=True), attempted=self._attempted)
         return {**super().__getstate__(), "craft": craft}
+
+
+def _is_capturing(layouts: list[DeviceLayout]) -> bool:
+    """Whether this call is recorded in a CUDA graph instead of being done."""
+    return any(layout.device.type == "cuda" for layout in layouts) and torch.cuda.is_current_stream_capturing()
 
 
 def _as_scalar(loss: Tensor | float) -> Tensor:

@@ -28,7 +28,7 @@ def ret_loss(model, batch):
 
 def craft(model, **kwargs):
     kwargs.setdefault("lr", 1e-2)
-    return CraftOptimizer(model.parameters(), backend="torch", **kwargs)
+    return CraftOptimizer(model.parameters(), backend="auto", **kwargs)
 
 
 def train(model, opt, data, every=1):

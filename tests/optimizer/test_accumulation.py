@@ -198,7 +198,7 @@ def test_tied_and_frozen_parameters():
             return self.head(torch.tanh(self.frozen(self.embed(x))))
 
     ours, theirs = Tied(), Tied()
-    opt = CraftOptimizer(ours.parameters(), lr=1e-2, max_grad_norm=None, backend="torch")
+    opt = CraftOptimizer(ours.parameters(), lr=1e-2, max_grad_norm=None, backend="auto")
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2)
     for batch in batches(5):
         for model, o in ((ours, opt), (theirs, reference)):
@@ -214,7 +214,7 @@ def test_thawing_a_parameter_and_adding_a_group_keep_the_state():
     late_ours, late_theirs = torch.nn.Parameter(torch.ones(10)), torch.nn.Parameter(torch.ones(10))
     for m in (ours, theirs):
         m[0].requires_grad_(False)
-    opt = CraftOptimizer(ours.parameters(), lr=1e-2, max_grad_norm=None, backend="torch")
+    opt = CraftOptimizer(ours.parameters(), lr=1e-2, max_grad_norm=None, backend="auto")
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2)
     for i, batch in enumerate(batches(9)):
         if i == 3:
@@ -265,7 +265,7 @@ def test_memory_formats_of_parameters(form):
         data = torch.randn(())
     copied = data.detach().clone().contiguous()
     ours, theirs = torch.nn.Parameter(data), torch.nn.Parameter(copied)
-    opt = CraftOptimizer([ours], lr=1e-2, max_grad_norm=None, backend="torch")
+    opt = CraftOptimizer([ours], lr=1e-2, max_grad_norm=None, backend="auto")
     reference = torch.optim.AdamW([theirs], lr=1e-2)
     for i in range(5):
         for p, o in ((ours, opt), (theirs, reference)):

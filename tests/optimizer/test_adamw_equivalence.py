@@ -50,7 +50,7 @@ def test_100_steps_on_the_same_gradients(options):
     start = make_model()
     record = recorded_gradients(start, 100)
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
-    replay(ours, CraftOptimizer(ours.parameters(), max_grad_norm=None, backend="torch", **options), record)
+    replay(ours, CraftOptimizer(ours.parameters(), max_grad_norm=None, backend="auto", **options), record)
     replay(theirs, torch.optim.AdamW(theirs.parameters(), **options), record)
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert_norm_close(p.detach(), q.detach(), ADAMW_NORM, name)
@@ -69,7 +69,7 @@ def test_param_groups_with_their_own_options():
         ]
 
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
-    replay(ours, CraftOptimizer(groups(ours), max_grad_norm=None, backend="torch"), record)
+    replay(ours, CraftOptimizer(groups(ours), max_grad_norm=None, backend="auto"), record)
     replay(theirs, torch.optim.AdamW(groups(theirs)), record)
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert_norm_close(p.detach(), q.detach(), ADAMW_NORM, name)
@@ -80,7 +80,7 @@ def test_clipping_is_that_of_torch(bound):
     start = make_model()
     record = recorded_gradients(start, 100)
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
-    replay(ours, CraftOptimizer(ours.parameters(), max_grad_norm=bound, backend="torch"), record)
+    replay(ours, CraftOptimizer(ours.parameters(), max_grad_norm=bound, backend="auto"), record)
     reference = torch.optim.AdamW(theirs.parameters())
     for grads in record:
         for p, g in zip(theirs.parameters(), grads, strict=True):
@@ -93,7 +93,7 @@ def test_clipping_is_that_of_torch(bound):
 
 def test_clipping_leaves_the_callers_gradients_as_they_were():
     model = make_model()
-    opt = CraftOptimizer(model.parameters(), max_grad_norm=1e-3, backend="torch")
+    opt = CraftOptimizer(model.parameters(), max_grad_norm=1e-3, backend="auto")
     task_loss(model, batches(1)[0]).backward()
     before = [p.grad.clone() for p in model.parameters()]
     opt.step()
@@ -104,7 +104,7 @@ def test_clipping_leaves_the_callers_gradients_as_they_were():
 def test_half_precision_updates_lie_within_one_ulp_of_fp32_moments(dtype):
     torch.manual_seed(1)
     p = torch.nn.Parameter(torch.randn(5000).to(dtype))
-    opt = CraftOptimizer([p], lr=1e-2, weight_decay=0.1, max_grad_norm=None, backend="torch")
+    opt = CraftOptimizer([p], lr=1e-2, weight_decay=0.1, max_grad_norm=None, backend="auto")
     for step in range(1, 21):
         grad = torch.randn(5000).to(dtype)
         state = opt.state[p]
@@ -122,7 +122,7 @@ def test_lr_schedulers_and_tensor_lr():
     record = recorded_gradients(start, 20)
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
     for model, make in (
-        (ours, lambda p: CraftOptimizer(p, max_grad_norm=None, backend="torch", lr=torch.tensor(1e-2))),
+        (ours, lambda p: CraftOptimizer(p, max_grad_norm=None, backend="auto", lr=torch.tensor(1e-2))),
         (theirs, lambda p: torch.optim.AdamW(p, lr=1e-2)),
     ):
         opt = make(model.parameters())
@@ -145,7 +145,7 @@ def test_lr_schedulers_and_tensor_lr():
 
 def test_closure_runs_with_gradients_and_returns_its_loss():
     model = make_model()
-    opt = CraftOptimizer(model.parameters(), backend="torch")
+    opt = CraftOptimizer(model.parameters(), backend="auto")
     batch = batches(1)[0]
 
     def closure():

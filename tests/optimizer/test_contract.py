@@ -23,7 +23,7 @@ from tests.support.asserts import assert_norm_close
         ({"betas": (0.9, -0.1)}, r"betas\[1\]"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, or None"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm"),
-        ({"backend": "cuda"}, "auto, triton, torch"),
+        ({"backend": "cuda"}, "auto, triton, numba, torch"),
         ({"backend": "triton"}, "needs Triton and a CUDA device"),
         ({"total_steps": 0}, "total_steps"),
     ],
@@ -58,7 +58,7 @@ def test_sparse_gradients_are_refused():
         opt.step()
 
 
-def test_auto_says_once_what_it_chose(caplog):
+def test_auto_says_once_what_it_chose(caplog, cpu_backend):
     model = make_model()
     opt = CraftOptimizer(model.parameters())
     with caplog.at_level(logging.INFO, logger="craft_opt"):
@@ -66,7 +66,7 @@ def test_auto_says_once_what_it_chose(caplog):
             task_loss(model, batch).backward()
             opt.step()
             opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
-    assert [r.message for r in caplog.records] == ["CraftOptimizer: backend torch for cpu"]
+    assert [r.message for r in caplog.records] == [f"CraftOptimizer: backend {cpu_backend} for cpu"]
 
 
 def amp_run(enabled):

@@ -37,7 +37,7 @@ def test_step_matches_the_oracle(case, mode):
         task, ret = gradient_pair(case, st, sr, seed=7 * i + j)
         params = parameters(task)
         config = CraftConfig(projection_mode=mode, initial_lambda=1.7)
-        opt = CraftOptimizer(params, lr=1e-2, config=config, backend="torch")
+        opt = CraftOptimizer(params, lr=1e-2, config=config, backend="auto")
         before = flat64(params).detach()
         give(opt, params, task, ret)
         opt.step()
@@ -117,7 +117,7 @@ def test_a_parameter_that_one_loss_did_not_reach_takes_the_other_weighted(mode):
     full_r = [ret[0], torch.zeros_like(task[1]), *ret[2:]]
     params = parameters(full_t)
     config = CraftConfig(projection_mode=mode)
-    opt = CraftOptimizer(params, lr=1e-2, config=config, max_grad_norm=None, backend="torch")
+    opt = CraftOptimizer(params, lr=1e-2, config=config, max_grad_norm=None, backend="auto")
     before = flat64(params).detach()
     give(opt, params, task, ret)
     opt.step()
@@ -131,7 +131,7 @@ def test_a_parameter_that_neither_loss_reached_is_untouched():
     task, ret = gradient_pair("random")
     task[2], ret[2] = None, None
     params = parameters([*ret[:2], torch.zeros(()), ret[3]])
-    opt = CraftOptimizer(params, lr=1e-2, weight_decay=0.5, backend="torch")
+    opt = CraftOptimizer(params, lr=1e-2, weight_decay=0.5, backend="auto")
     before = params[2].detach().clone()
     for _ in range(3):
         give(opt, params, task, ret)
@@ -143,7 +143,7 @@ def test_a_parameter_that_neither_loss_reached_is_untouched():
 
 def test_a_gradient_of_zeros_is_a_gradient():
     p = torch.nn.Parameter(torch.ones(4))
-    opt = CraftOptimizer([p], lr=0.1, weight_decay=0.5, backend="torch")
+    opt = CraftOptimizer([p], lr=0.1, weight_decay=0.5, backend="auto")
     p.grad = torch.zeros(4)
     opt.step()
     torch.testing.assert_close(p.detach(), torch.full((4,), 0.95))
@@ -152,7 +152,7 @@ def test_a_gradient_of_zeros_is_a_gradient():
 
 def test_an_absent_gradient_does_not_leave_its_last_value_in_the_dot_product():
     params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
-    opt = CraftOptimizer(params, lr=0.1, config=CraftConfig(lambda_lr=0.0), backend="torch")
+    opt = CraftOptimizer(params, lr=0.1, config=CraftConfig(lambda_lr=0.0), backend="auto")
     give(opt, params, [torch.ones(3), torch.ones(2)], [torch.ones(3), torch.ones(2)])
     opt.step()
     assert opt.metrics().dot.item() == 5.0
@@ -227,7 +227,7 @@ def test_several_dtypes_in_one_model():
         torch.nn.Parameter(torch.randn(50).bfloat16()),
         torch.nn.Parameter(torch.randn(7).half()),
     ]
-    opt = CraftOptimizer(params, lr=1e-2, max_grad_norm=None, backend="torch")
+    opt = CraftOptimizer(params, lr=1e-2, max_grad_norm=None, backend="auto")
     task = [torch.randn_like(p) for p in params]
     ret = [-0.5 * g for g in task]
     before = [p.detach().clone() for p in params]
@@ -255,7 +255,7 @@ def test_coefficients_and_norm_hold_at_every_angle_of_a_larger_gradient(angle, t
     for lam in (0.0, 1.0):
         p = torch.nn.Parameter(torch.zeros(400_000))
         config = CraftConfig(conflict_threshold=threshold, initial_lambda=lam)
-        opt = CraftOptimizer([p], config=config, backend="torch")
+        opt = CraftOptimizer([p], config=config, backend="auto")
         give(opt, [p], [t], [r])
         opt.step()
         t64, r64 = t.double(), r.double()
@@ -267,7 +267,7 @@ def test_coefficients_and_norm_hold_at_every_angle_of_a_larger_gradient(angle, t
 
 def test_a_coefficient_beyond_fp32_skips_the_step():
     p = torch.nn.Parameter(torch.ones(2))
-    opt = CraftOptimizer([p], config=CraftConfig(initial_lambda=0.0), max_grad_norm=None, backend="torch")
+    opt = CraftOptimizer([p], config=CraftConfig(initial_lambda=0.0), max_grad_norm=None, backend="auto")
     give(opt, [p], [torch.tensor([1e8, 1e8])], [torch.tensor([-1e-44, 0.0])])
     opt.step()
     assert opt.metrics().skipped.item()

@@ -233,7 +233,7 @@ def test_loading_drops_a_pending_retention_gradient():
 
 def test_step_hooks_run():
     model = make_model()
-    opt = CraftOptimizer(model.parameters(), backend="torch")
+    opt = CraftOptimizer(model.parameters(), backend="auto")
     calls = []
     opt.register_step_pre_hook(lambda *_: calls.append("pre"))
     opt.register_step_post_hook(lambda *_: calls.append("post"))

@@ -17,16 +17,16 @@ ROOMS = {
     "method": {"method"},
     "kernels": {"kernels"},
 }
-METHOD = {"surgery", "dual", "retention", "config"}
+METHOD = {"surgery", "dual", "retention", "config", "scalars"}
 
 # Installed packages that a room may use besides the standard library; None: whatever it likes.
 LIBRARIES: dict[str, set[str] | None] = {
     "train": set(),
     "bridge": None,
     "package": {"torch"},
-    "optimizer": {"torch", "jaxtyping"},
+    "optimizer": {"torch", "jaxtyping", "numpy"},
     "method": {"torch", "jaxtyping"},
-    "kernels": {"torch", "triton"},
+    "kernels": {"torch", "triton", "numba", "numpy"},
 }
 
 
