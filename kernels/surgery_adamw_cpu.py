@@ -1,4 +1,4 @@
-"""The CRaFT step on a CPU at the cost of its bytes: reduce, then combine + clip + AdamW, as native loops on all threads.
+"""The CRaFT step on a CPU at the cost of its bytes: reduce, then combine, clip and AdamW, as native loops.
 
 The mathematics is that of :mod:`craft_opt.kernels.surgery_adamw`; coefficients, ε and λ are computed between the two
 loops by the caller. Gradients are read where autograd left them, so nothing is copied, and neither gradient is written:
@@ -11,8 +11,8 @@ are cut into pieces of 2^16 elements, each piece has its own row of partial sums
 bits do not depend on the number of threads.
 
 Why Numba: torch's own operations read each gradient three times for the three dot products, on one thread
-(``torch.dot``), write the merged gradient and read it again, and have no bf16 AdamW with fp32 moments at all. On two
-cores that was 2.3 to 2.6 times ``AdamW(fused=True)``; these loops are 1.3 times it (benchmarks/results/). A C++ extension
+(``torch.dot``), write the merged gradient and read it again, and have no bf16 AdamW with fp32 moments at all. That was
+2.3 to 2.8 times ``AdamW(fused=True)`` on two cores; what these loops take is in benchmarks/results/. A C++ extension
 would want a compiler on the user's machine. Python threads with the interpreter lock released, not Numba's ``prange``:
 its portable threading layer may not be entered from two threads at once, and aborts the process where it is.
 
