@@ -49,6 +49,8 @@ class Variant:
         tails: Whether some segment's length is no multiple of 16.
         merge: Merge mode.
         schedule: Schedule of ε.
+        controller: What moves λ.
+        rounding: Rounding of bf16 parameters.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -58,6 +60,8 @@ class Variant:
     tails: bool = False
     merge: str = "weighted"
     schedule: str = "linear"
+    controller: str = "ascent"
+    rounding: str = "nearest"
 
     @property
     def name(self) -> str:
@@ -70,6 +74,8 @@ class Variant:
             "tails" if self.tails else "",
             "" if self.merge == "weighted" else self.merge,
             "" if self.schedule == "linear" else self.schedule,
+            "" if self.controller == "ascent" else self.controller,
+            "" if self.rounding == "nearest" else self.rounding,
         ]
         return " ".join([dtypes, *filter(None, flags)])
 
@@ -144,6 +150,13 @@ def standard_variants() -> list[Variant]:
     variants += [Variant((f32, bf16, f16), amsgrad=True, tails=True)]
     variants += [Variant((bf16,), merge="equal", schedule="cosine")]
     variants += [Variant((bf16,), merge="task_priority", schedule="exponential")]
+    variants += [Variant((dtype,), controller="nupi") for dtype in (f32, bf16)]
+    variants += [Variant((bf16,), phase=phase, rounding="stochastic") for phase in PHASES]
+    variants += [Variant((bf16,), has_ret=False, rounding="stochastic")]
+    variants += [Variant((bf16,), amsgrad=True, rounding="stochastic")]
+    variants += [Variant((bf16,), tails=True, controller="nupi", rounding="stochastic")]
+    variants += [Variant((bf16, f32), tails=tails, rounding="stochastic") for tails in (False, True)]
+    variants += [Variant((f32, bf16, f16), amsgrad=True, tails=True, controller="nupi", rounding="stochastic")]
     return variants
 
 
@@ -155,7 +168,8 @@ def _source(variant: Variant, config: LaunchConfig) -> tuple[Any, dict[str, Any]
     buffers = SurgeryBuffers.allocate(plan, amsgrad=variant.amsgrad)
     constants = kernel.kernel_constants(
         plan, phase=PHASES[variant.phase], merge=variant.merge, project=True, schedule=variant.schedule,
-        has_ret=variant.has_ret, amsgrad=variant.amsgrad, soft_cast=False,
+        has_ret=variant.has_ret, amsgrad=variant.amsgrad, soft_cast=False, controller=variant.controller,
+        rounding=variant.rounding,
     )  # fmt: skip
     arguments = kernel.kernel_arguments(plan, buffers, 1)
     function = kernel.surgery_adamw_kernel

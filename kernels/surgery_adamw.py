@@ -704,31 +704,11 @@ def surgery_adamw_kernel(
         tl.store(metrics_ptr + 4, lam, mask=first)
         epsilon = _epsilon(t, tl.load(settings_ptr + 4), tl.load(settings_ptr + 5), tl.load(settings_ptr + 6), SCHEDULE)
         tl.store(metrics_ptr + 6, epsilon, mask=first)
-        lam_after = lam
-        ema = tl.load(dual_in_ptr + 3, cache_modifier=".cg")
-        xi = tl.load(dual_in_ptr + 4, cache_modifier=".cg")
-        ema_after = ema
-        xi_after = xi
         weight = tl.cast(1.0, tl.float64)
         if HAS_RET:
             retention_loss = tl.load(step_in_ptr)
             measured = tl.load(step_in_ptr + 3) != 0.0
             weight = tl.load(step_in_ptr + 4)
-            lambda_max = tl.load(settings_ptr + 3)
-            # A NaN, which differs from itself, means that nothing has been measured yet.
-            beta = tl.load(settings_ptr + 9)
-            ema_after = tl.where(ema == ema, beta * ema + (1.0 - beta) * retention_loss, retention_loss)
-            violation = ema_after - epsilon
-            lam_after = lam + tl.load(settings_ptr + 2) * violation
-            if NUPI:
-                nu = tl.load(settings_ptr + 8)
-                xi_after = tl.where(xi == xi, nu * xi + (1.0 - nu) * violation, 0.0)
-                lam_after += tl.where(xi == xi, tl.load(settings_ptr + 7) * (xi_after - xi), 0.0)
-                xi_after = tl.where(measured, xi_after, xi)
-            ema_after = tl.where(measured, ema_after, ema)
-            lam_after = tl.where(lam_after > lambda_max, lambda_max, lam_after)
-            lam_after = tl.where(lam_after < 0.0, 0.0, lam_after)
-            lam_after = tl.where(measured, lam_after, lam)
             tl.store(metrics_ptr + 7, tl.where(measured, retention_loss, nan), mask=first)
         else:
             tl.store(metrics_ptr + 7, nan, mask=first)
@@ -743,7 +723,7 @@ def surgery_adamw_kernel(
         ok = (tl.abs(tt) <= _FP64_MAX_C) & (tl.load(step_in_ptr + 2) == 0.0)
         if HAS_RET:
             ok = ok & (tl.abs(tr) <= _FP64_MAX_C) & (tl.abs(rr) <= _FP64_MAX_C)
-            # A loss that is not finite made lam_after NaN or a bound; an unmeasured one is nobody's concern.
+            # An unmeasured loss is nobody's concern.
             ok = ok & ((tl.abs(retention_loss) <= _FP64_MAX_C) | (measured == 0))
         a, b, cos, conflict = _merge_coefficients(
             tt, tr, rr, lam, weight, tl.load(settings_ptr), MERGE, PROJECT, HAS_RET
@@ -783,14 +763,33 @@ def surgery_adamw_kernel(
         factor32 = tl.where(huge, 1.298074214633707e33, 1.0).to(tl.float32)
         work = ok.to(tl.int32)  # no trips instead of a branch around the loops
 
+        # λ moves here and not above, where its fp64 scalars would have to be kept through the sums.
+        lam_after = lam
+        if HAS_RET:
+            moves = ok & measured
+            ema = tl.load(dual_in_ptr + 3, cache_modifier=".cg")
+            # A NaN, which differs from itself, means that nothing has been measured yet.
+            beta = tl.load(settings_ptr + 9)
+            average = tl.where(ema == ema, beta * ema + (1.0 - beta) * retention_loss, retention_loss)
+            tl.store(dual_ptr + 3, tl.where(moves, average, ema), mask=first)
+            violation = average - epsilon
+            shift = tl.load(settings_ptr + 2) * violation
+            if NUPI:
+                xi = tl.load(dual_in_ptr + 4, cache_modifier=".cg")
+                nu = tl.load(settings_ptr + 8)
+                filtered = tl.where(xi == xi, nu * xi + (1.0 - nu) * violation, 0.0)
+                shift += tl.where(xi == xi, tl.load(settings_ptr + 7) * (filtered - xi), 0.0)
+                tl.store(dual_ptr + 4, tl.where(moves, filtered, xi), mask=first)
+            lambda_max = tl.load(settings_ptr + 3)
+            lam_after = lam + shift
+            lam_after = tl.where(lam_after > lambda_max, lambda_max, lam_after)
+            lam_after = tl.where(lam_after < 0.0, 0.0, lam_after)
+            lam_after = tl.where(moves, lam_after, lam)
         done = ok.to(tl.float64)
-        lam_after = tl.where(ok, lam_after, lam)
         skipped_total = tl.load(dual_in_ptr + 2, cache_modifier=".cg") + (1.0 - done)
         tl.store(dual_ptr, lam_after, mask=first)
         tl.store(dual_ptr + 1, t + done, mask=first)
         tl.store(dual_ptr + 2, skipped_total, mask=first)
-        tl.store(dual_ptr + 3, tl.where(ok, ema_after, ema), mask=first)
-        tl.store(dual_ptr + 4, tl.where(ok, xi_after, xi), mask=first)
         tl.store(metrics_ptr + 5, lam_after, mask=first)
         tl.store(metrics_ptr + 8, 1.0 - done, mask=first)
         tl.store(metrics_ptr + 9, skipped_total, mask=first)

@@ -4,6 +4,7 @@ Collected through interpreted.py (in a process with TRITON_INTERPRET=1) and test
 fixtures `device` and `form`.
 """
 
+import copy
 import itertools
 import math
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 from craft_opt.kernels import surgery_adamw as kernel
 from craft_opt.kernels.layout import LaunchConfig
+from craft_opt.kernels.rounding import rounding_key, stochastic_round_
 
 from craft_opt import CraftConfig
+from craft_opt.dual import Multiplier, advance, epsilon_schedule
 from tests.kernels.problems import (
     BF16,
     F16,
     F32,
+    LENGTHS,
     Form,
     Modes,
     Problem,
@@ -434,6 +438,155 @@ class TestDual:
         form.run(problem, Modes())
         assert metrics(problem)["b"] == 0.7
         assert problem.buffers.dual[0] == 10.0
+
+    @pytest.mark.parametrize("controller", tuple(kernel.CONTROLLERS))
+    def test_the_dual_state_is_that_of_the_method_over_many_steps(self, device, form, controller):
+        config = CraftConfig(
+            lambda_controller=controller, lambda_lr=0.3, lambda_max=2.0, nupi_kp=2.5, nupi_nu=0.4, retention_ema=0.6,
+            epsilon_start=1.0, epsilon_end=0.5,
+        )  # fmt: skip
+        problem = small_problem(device, seed=26)
+        problem.settings(lambda_lr=0.3, lambda_max=2.0, nupi_kp=2.5, nupi_nu=0.4, retention_ema=0.6, decay_steps=6)
+        problem.random_gradients()
+        problem.state()
+        expected, t = Multiplier(0.7), 0
+        gen = torch.Generator().manual_seed(26)
+        seen = []
+        for k in range(16):
+            loss, measured, skipped = float(2.0 * torch.rand((), generator=gen)), k not in (0, 5, 6), k == 9
+            problem.inputs(loss, measured, found_inf=float(skipped))
+            form.run(problem, Modes(controller=controller))
+            epsilon = epsilon_schedule(float(t), config, decay_steps=6)
+            expected = advance(expected, loss, epsilon, config, moves=measured and not skipped)
+            t += not skipped
+            found = problem.buffers.dual.tolist()
+            # fp64 from end to end; every step adds a few roundings of numbers below 10.
+            assert [found[i] for i in (0, 3, 4)] == pytest.approx(list(expected), abs=1e-13, nan_ok=True), k
+            assert found[1] == t
+            seen.append(found[0])
+        assert 2.0 in seen, "the clip must have been met"
+        assert math.isnan(found[4]) == (controller == "ascent")
+
+    def test_without_a_retention_gradient_the_dual_state_waits(self, device, form):
+        problem = small_problem(device, seed=27)
+        problem.settings(retention_ema=0.5)
+        problem.random_gradients()
+        problem.state(loss=5.0, ema=0.25, xi=-0.5)
+        form.run(problem, Modes(has_ret=False, controller="nupi"))
+        assert problem.buffers.dual.tolist() == [0.7, 1.0, 0.0, 0.25, -0.5]
+
+
+class TestReuse:
+    """A retention gradient of an earlier step: it weighs less, is projected against as it is, and λ waits."""
+
+    @pytest.mark.parametrize(("merge", "kept"), [("weighted", 3.0), ("equal", 0.5), ("task_priority", 1.0)])
+    @pytest.mark.parametrize("lean", [-1.0, 1.0])
+    def test_the_weight_is_on_the_merge_and_not_on_the_projection(self, device, form, merge, kept, lean):
+        found = {}
+        for weight in (1.0, 0.25, 0.0):
+            problem = small_problem(device, seed=28)
+            problem.random_gradients(lean=lean)
+            problem.state(lam=3.0, measured=False, weight=weight)
+            step_and_compare(problem, Modes(merge), form)
+            found[weight] = metrics(problem)
+            assert problem.buffers.dual.tolist()[0] == 3.0
+            assert math.isnan(problem.buffers.dual[3])
+            assert math.isnan(found[weight]["retention_loss"])
+        half = 0.5 if merge == "equal" else 1.0
+        conflict = lean < 0
+        for weight, values in found.items():
+            assert bool(values["conflict"]) == conflict
+            projection = half * values["dot"] / values["rr"] if conflict else 0.0
+            assert values["b"] == pytest.approx(kept * weight - projection, rel=1e-12, abs=1e-15)
+            assert values["a"] == half
+
+
+class TestStochasticRounding:
+    SEED, T = 5, 11.0
+    MODES = Modes(rounding="stochastic")
+    # With no gradient and no moment the update is p·(1 − lr·wd), rounded once in fp32: the value before
+    # the rounding to bf16 is known to the bit, and so must be the parameter.
+    DECAY = ({"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.3},)
+
+    def decaying(self, device, streams=None, seed=SEED, t=T, dtypes=(BF16,), lengths=LENGTHS):
+        specs = [(dtype, length, 0) for length in lengths for dtype in dtypes]
+        if streams is not None:
+            specs = [(*spec, stream) for spec, stream in zip(specs, streams, strict=True)]
+        problem = Problem(specs, self.DECAY, device=device, seed=29)
+        problem.settings(rounding_seed=seed)
+        problem.state(t=t)
+        return problem
+
+    def test_the_bits_are_those_of_the_plain_statement(self, device, form):
+        streams = [2**32 - 1, 0, 7, 7, *range(100, 100 + 3 * len(LENGTHS) - 4)]
+        for dtypes, chosen in (((BF16,), None), ((F32, BF16, F16), streams)):
+            problem = self.decaying(device, chosen, dtypes=dtypes)
+            before = [p.clone() for p in problem.params]
+            form.run(problem, self.MODES)
+            factor = torch.tensor(1.0 - 1e-2 * 0.3, dtype=torch.float64).float().item()
+            moved = 0
+            for index, (p, old) in enumerate(zip(problem.params, before, strict=True)):
+                if p.dtype != BF16:
+                    assert torch.equal(p, (old.float() * factor).to(p.dtype))
+                    continue
+                key = rounding_key(self.SEED, problem.plan.streams[index], int(self.T))
+                expected = stochastic_round_(torch.empty_like(old), old.float() * factor, key)
+                assert torch.equal(p, expected), index
+                moved += int((expected != (old.float() * factor).to(BF16)).sum())
+            # A third of a percent is most of a unit in the last place: nearest rounding differs in many elements.
+            assert moved > 100
+
+    def test_the_reference_draws_the_same_bits(self, device, form):
+        problem = self.decaying(device, dtypes=(BF16, F32))
+        twin = problem.twin()
+        twin.params = [p.clone() for p in problem.params]
+        kernel.reference_step(
+            twin.plan, twin.buffers, twin.params, **self.MODES.keywords(), compute_dtype=torch.float32
+        )
+        form.run(problem, self.MODES)
+        assert all(torch.equal(p, q) for p, q in zip(problem.params, twin.params, strict=True))
+
+    @pytest.mark.parametrize("amsgrad", [False, True])
+    def test_a_whole_step_stays_within_a_unit_in_the_last_place(self, device, form, amsgrad):
+        problem = mixed_problem(device, seed=30, amsgrad=amsgrad)
+        problem.state(t=3.0)
+        problem.random_moments()
+        problem.random_gradients()
+        nearest = copy.deepcopy(problem)
+        nearest.plan.set_addresses([p.data_ptr() for p in nearest.params])
+        form.run(nearest, Modes(amsgrad=amsgrad))
+        step_and_compare(problem, Modes(amsgrad=amsgrad, rounding="stochastic"), form)
+        different = 0
+        for p, q in zip(problem.params, nearest.params, strict=True):
+            if p.dtype == BF16:
+                different += int((p != q).sum())
+            else:
+                assert torch.equal(p, q)
+        assert different > 100
+        assert torch.equal(problem.buffers.m, nearest.buffers.m)
+        assert torch.equal(problem.buffers.v, nearest.buffers.v)
+
+    def test_the_clock_and_the_seed_choose_the_numbers(self, device, form):
+        def bits(**changes):
+            problem = self.decaying(device, lengths=(1100, 33), **changes)
+            form.run(problem, self.MODES)
+            return problem.bytes()[:2]
+
+        first = bits()
+        assert bits() == first
+        assert bits(streams=[0, 1]) == first
+        assert all(bits(**other) != first for other in ({"t": 12.0}, {"seed": 6}, {"streams": [1, 0]}))
+
+    def test_values_that_are_not_finite_stay_as_they_are(self, device, form):
+        problem = self.decaying(device, lengths=(40,))
+        strange = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-40], dtype=BF16)
+        problem.params[0][: len(strange)] = strange.to(problem.device)
+        form.run(problem, self.MODES)
+        found = problem.params[0][: len(strange)].cpu()
+        assert torch.equal(found[[0, 1, 3, 4]], strange[[0, 1, 3, 4]])
+        assert math.isnan(found[2])
+        assert math.copysign(1.0, float(found[4])) == -1.0
+        assert bool(problem.params[0][len(strange) :].isfinite().all())
 
 
 class TestDeterminism:

@@ -84,6 +84,7 @@ class Problem:
             "decay_steps": 3,
         }
         self.buffers.settings.copy_(kernel.pack_settings(**{**values, **changes}))
+        return self
 
     def present(self, task, retention):
         self.plan.set_present(task, retention)
@@ -163,7 +164,7 @@ def step_and_compare(problem, modes, form):
     size |m| + G: |dm| <= 4u G + 4u (|m| + G) <= 8u (|m| + G). v likewise: |dv| <= 2 G |dg| + 4u (v + G^2)
     <= 12u (v + G^2). The step q = m / (sqrt(v) / sqrt(c2) + eps) inherits dm / denominator and, through the root, half
     the relative error of v, plus its own operations: six at most, and 3u more for the approximate roots of 16-bit
-    parameters. p rounds three times in fp32, then once in its own dtype.
+    parameters. p rounds three times in fp32, then once in its own dtype: to nearest, or to either neighbour.
     """
     u = 2.0**-24
     reference = problem.twin()
@@ -173,6 +174,9 @@ def step_and_compare(problem, modes, form):
     expected = metrics(reference)
     compare_metrics(metrics(problem), expected)
     assert torch.equal(problem.buffers.steps, reference.buffers.steps), "steps"
+    # λ, L̄ and ξ: a few operations in fp64 from a Gram matrix that they do not depend on.
+    dual = (problem.buffers.dual, reference.buffers.dual)
+    assert torch.allclose(*dual, rtol=1e-14, atol=1e-14, equal_nan=True), dual
     a, b = (abs(expected[name]) * expected["clip_scale"] for name in ("a", "b"))
     scale = float(before.buffers.step_in[1])
     for index, spec in enumerate(problem.plan.segments):
@@ -200,8 +204,10 @@ def step_and_compare(problem, modes, form):
         relative = 0.5 * dv / v.clamp(min=1e-300) * (v > 0) + (6 if spec.dtype == F32 else 9) * u
         rate = lr / (1.0 - beta1**step)
         dp = 4 * u * before.params[index].abs() + rate / denominator * (dm + m.abs() * relative)
-        # The unit in the last place of the result: half of it for rounding once.
-        dp += torch.finfo(spec.dtype).eps / 2 * reference.params[index].abs() * (1 + 1e-3)
+        # The unit in the last place of the result: half of it for rounding once to nearest.
+        stochastic = modes.rounding == "stochastic" and spec.dtype == BF16
+        share = 1.0 if stochastic else 0.5
+        dp += share * torch.finfo(spec.dtype).eps * reference.params[index].abs() * (1 + 1e-3)
         dp += torch.finfo(spec.dtype).smallest_normal * torch.finfo(spec.dtype).eps
         assert_close(problem.params[index], reference.params[index], dp, f"{spec.dtype} parameter {index}")
 
