@@ -1,20 +1,18 @@
-"""The anchor cache on disk: manifest, shards, checks, memory-mapped batches in a reproducible order.
+"""The anchor cache on disk: checks, memory-mapped batches in a reproducible order.
 
-A cache is a folder with ``manifest.json`` and safetensors shards. Every sample is self-contained: images (uint8), task
+A cache is a folder with ``manifest.json`` and safetensors shards. A self-contained sample holds images (uint8), task
 text, raw state and action token ids, so that the run's own preprocessor processes it and the dataset it came from may
-be gone; beside them the teacher's features. Nothing is loaded that was not checked: the manifest carries a checksum of
-itself and one of every shard.
+be gone; a sample by reference names a frame of a LeRobotDataset, which holds the first three. Beside them lie the
+teacher's features, or what it says of the tokens. Nothing is loaded that was not checked.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,151 +20,47 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-FORMAT = "craft-anchor-cache"
-VERSION = 1
-MANIFEST_FILE = "manifest.json"
-KINDS = ("hidden", "token_ce")
-
-IMAGE_PREFIX = "image/"
-FEATURE_PREFIX = "features/"
-STATE, TOKENS, TOKEN_MASK, TASK, FEATURE_MASK, SOURCE_FRAME = (
-    "state",
-    "action_tokens",
-    "action_token_mask",
-    "task_index",
-    "feature_mask",
-    "source_frame",
+from craft_opt.bridge.anchor_manifest import (
+    FEATURE_MASK,
+    FEATURE_PREFIX,
+    IMAGE_PREFIX,
+    KINDS,
+    MANIFEST_FILE,
+    SOURCE,
+    SOURCE_FRAME,
+    STATE,
+    STORED_DTYPES,
+    TASK,
+    TEACHER_CE,
+    TOKEN_MASK,
+    TOKENS,
+    TOP_IDS,
+    TOP_LOGPROBS,
+    VERSION,
+    AnchorManifest,
+    ShardInfo,
+    partial_folder,
+    rebuild_hint,
+    sha256_of_file,
+    sync_folder,
+    write_atomically,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """One safetensors file of a cache.
-
-    Attributes:
-        file: Name inside the cache folder.
-        samples: Samples in it.
-        bytes: Its size.
-        sha256: Checksum of the whole file.
-    """
-
-    file: str
-    samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class SourceInfo:
-    """A dataset that anchors were taken from.
-
-    Attributes:
-        repo_id: Its name.
-        revision: Its revision, as LeRobot resolved it.
-        episodes: The episodes that were drawn from, None for all.
-        frames: Frames in them.
-    """
-
-    repo_id: str
-    revision: str
-    episodes: list[int] | None
-    frames: int
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Dtype (torch's name) and shape of one sample's tensor."""
-
-    dtype: str
-    shape: list[int]
-
-
-@dataclass(frozen=True)
-class AnchorManifest:
-    """What a cache holds and what made it.
-
-    Attributes:
-        kind: ``hidden`` (features) or ``token_ce`` (the teacher's tokens).
-        samples: Number of anchors.
-        shards: Files in order.
-        tensors: Name → dtype and shape of one sample.
-        layers: Decoder layers, counted from 1.
-        depth: Decoder layers of the teacher.
-        pooling: How positions were pooled.
-        feature_dtype: Dtype of the stored features.
-        compute_dtype: Dtype that the teacher computed in.
-        token_source: ``demonstrated`` or ``teacher``: whose action tokens were forced.
-        teacher_variance: Layer (as text) → variance of its features over the cache, averaged over features.
-        teacher: Where the teacher was loaded from, as given.
-        teacher_fingerprint: Fingerprint of its weights.
-        preprocessor_fingerprint: Fingerprint of the preprocessor, statistics included.
-        normalization_stats: ``teacher`` or ``dataset``.
-        sources: Datasets of the anchors.
-        tasks: Task texts; ``task_index`` points into them.
-        seed: Seed of the selection.
-        versions: Versions of the packages that made the cache.
-    """
-
-    kind: str
-    samples: int
-    shards: list[ShardInfo]
-    tensors: dict[str, TensorInfo]
-    layers: list[int]
-    depth: int
-    pooling: str
-    feature_dtype: str
-    compute_dtype: str
-    token_source: str
-    teacher_variance: dict[str, float]
-    teacher: str
-    teacher_fingerprint: str
-    preprocessor_fingerprint: str
-    normalization_stats: str
-    sources: list[SourceInfo]
-    tasks: list[str]
-    seed: int
-    versions: dict[str, str]
-
-    @property
-    def digest(self) -> str:
-        """Checksum of the manifest, and through the shards' checksums of the whole cache."""
-        return _sha256_of_json(asdict(self))
-
-    def write(self, folder: Path) -> None:
-        """Write ``manifest.json`` in one rename."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self), "manifest_sha256": self.digest}
-        write_atomically(folder / MANIFEST_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> AnchorManifest:
-        """Read and check ``manifest.json``.
-
-        Raises:
-            FileNotFoundError: The folder is no cache, or an unfinished one.
-            ValueError: The manifest is damaged or of another format.
-        """
-        file = folder / MANIFEST_FILE
-        if not file.is_file():
-            raise FileNotFoundError(_missing(folder))
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is damaged ({error}); {rebuild_hint(folder)}") from error
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise ValueError(f"{file} is no manifest of an anchor cache; {rebuild_hint(folder)}")
-        if (version := content.pop("version", None)) != VERSION:
-            raise ValueError(
-                f"{file} has format version {version!r}, and this program reads {VERSION}; {rebuild_hint(folder)}"
-            )
-        expected = content.pop("manifest_sha256", None)
-        if _sha256_of_json(content) != expected or content.keys() != {field.name for field in fields(cls)}:
-            raise ValueError(f"{file} was changed after it was written: its checksum differs; {rebuild_hint(folder)}")
-        content["shards"] = [ShardInfo(**shard) for shard in content["shards"]]
-        content["sources"] = [SourceInfo(**source) for source in content["sources"]]
-        content["tensors"] = {name: TensorInfo(**info) for name, info in content["tensors"].items()}
-        return cls(**content)
+__all__ = [
+    "FEATURE_MASK",
+    "KINDS",
+    "MANIFEST_FILE",
+    "VERSION",
+    "AnchorBatch",
+    "AnchorCache",
+    "AnchorManifest",
+    "AnchorOrder",
+    "partial_folder",
+    "rebuild_hint",
+    "sha256_of_file",
+    "sync_folder",
+    "write_atomically",
+]
 
 
 @dataclass(frozen=True)
@@ -179,8 +73,14 @@ class AnchorBatch:
         tasks: Task texts.
         action_tokens: (batch, tokens) ids of the language model's vocabulary.
         action_token_mask: (batch, tokens), True for real tokens.
-        features: Layer → the teacher's features.
-        feature_mask: (batch,) or (batch, positions).
+        features: Layer → the teacher's features; empty for ``token_ce``.
+        feature_mask: (batch,) or (batch, positions); None for ``token_ce``.
+        teacher_ce: For ``token_ce``: (batch,) fp32, the teacher's own mean cross-entropy of each sample's real tokens
+            (without the start token, which nothing predicts), nats.
+        top_ids: For ``token_ce`` with top_k > 0: (batch, tokens, k) ids of the teacher's most probable tokens in the
+            place of each action token, most probable first; 0 where no token is predicted.
+        top_logprobs: Their log-probabilities under the teacher, fp32, not normalised anew: the rest of the mass is
+            what the other tokens have.
     """
 
     images: dict[str, Int[Tensor, "batch channels height width"]]
@@ -189,7 +89,20 @@ class AnchorBatch:
     action_tokens: Int[Tensor, "batch tokens"]
     action_token_mask: Bool[Tensor, "batch tokens"]
     features: dict[int, Tensor]
-    feature_mask: Bool[Tensor, "batch *positions"]
+    feature_mask: Bool[Tensor, "batch *positions"] | None
+    teacher_ce: Float[Tensor, "batch"] | None = None
+    top_ids: Int[Tensor, "batch tokens k"] | None = None
+    top_logprobs: Float[Tensor, "batch tokens k"] | None = None
+
+
+class Frames(Protocol):
+    """The datasets behind a cache by reference."""
+
+    def read(
+        self, sources: Sequence[int], frames: Sequence[int]
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "batch state"], list[str]]:
+        """Images under the policy's keys, state and task texts of frames, by source and absolute index."""
+        ...
 
 
 class AnchorCache:
@@ -200,7 +113,8 @@ class AnchorCache:
         manifest: Its manifest.
 
     Raises:
-        ValueError: A shard does not hold what the manifest says.
+        FileNotFoundError: A dataset that it refers to is gone.
+        ValueError: A dataset that it refers to holds other frames by now.
     """
 
     def __init__(self, folder: Path, manifest: AnchorManifest) -> None:
@@ -212,21 +126,25 @@ class AnchorCache:
             # The tensors keep the mapping alive; nothing is read until it is indexed.
             with safe_open(folder / shard.file, framework="pt") as file:
                 self._shards.append({name: file.get_tensor(name) for name in manifest.tensors})
+        self._frames: Frames | None = None
+        if manifest.storage == "reference":
+            # Here, so that the format itself does not know LeRobot.
+            from craft_opt.bridge.anchor_frames import ReferencedFrames
+
+            self._frames = ReferencedFrames(folder, manifest, self.column)
 
     @classmethod
     def open(cls, folder: str | Path) -> AnchorCache:
-        """Check a cache (manifest, sizes, checksums, shapes) and map it.
+        """Check a cache (manifest, sizes, checksums, shapes; of one by reference the frames too) and map it.
 
         Raises:
-            FileNotFoundError: There is no cache, or a shard is missing.
+            FileNotFoundError: There is no cache, or a shard or dataset is missing.
             ValueError: Something in it is damaged.
         """
         folder = Path(folder)
         manifest = AnchorManifest.read(folder)
         for shard in manifest.shards:
-            _check_shard(folder, shard, manifest)
-        if sum(shard.samples for shard in manifest.shards) != manifest.samples:
-            raise ValueError(f"{folder} names {manifest.samples} anchors, and its shards hold another number")
+            check_shard(folder, shard, manifest)
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -235,15 +153,27 @@ class AnchorCache:
     def gather(self, indices: list[int]) -> AnchorBatch:
         """Read anchors by number, in the order given."""
         rows = {name: torch.stack([self._row(name, index) for index in indices]) for name in self.manifest.tensors}
+        if self._frames is None:
+            images, state = _with_prefix(rows, IMAGE_PREFIX), rows[STATE]
+            tasks = [self.manifest.tasks[index] for index in rows[TASK].tolist()]
+        else:
+            images, state, tasks = self._frames.read(rows[SOURCE].tolist(), rows[SOURCE_FRAME].tolist())
         return AnchorBatch(
-            images=_with_prefix(rows, IMAGE_PREFIX),
-            state=rows[STATE],
-            tasks=[self.manifest.tasks[index] for index in rows[TASK].tolist()],
+            images=images,
+            state=state,
+            tasks=tasks,
             action_tokens=rows[TOKENS].long(),
             action_token_mask=rows[TOKEN_MASK],
             features={int(layer): value for layer, value in _with_prefix(rows, FEATURE_PREFIX).items()},
-            feature_mask=rows[FEATURE_MASK],
+            feature_mask=rows.get(FEATURE_MASK),
+            teacher_ce=rows.get(TEACHER_CE),
+            top_ids=rows[TOP_IDS].long() if TOP_IDS in rows else None,
+            top_logprobs=rows.get(TOP_LOGPROBS),
         )
+
+    def column(self, name: str) -> Tensor:
+        """One of the cache's tensors for all anchors, in order."""
+        return torch.cat([shard[name] for shard in self._shards])
 
     def _row(self, name: str, index: int) -> Tensor:
         shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -281,60 +211,13 @@ class AnchorOrder:
         return drawn
 
 
-def sha256_of_file(file: Path) -> str:
-    """Checksum of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def check_shard(folder: Path, shard: ShardInfo, manifest: AnchorManifest) -> None:
+    """Check one file of a cache: size, checksum, and that it holds what the manifest says.
 
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that it is there wholly or not at all, also after a power cut."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def partial_folder(folder: Path) -> Path:
-    """Where a cache is built before it is renamed to its name."""
-    return folder.with_name(folder.name + ".partial")
-
-
-def rebuild_hint(folder: Path) -> str:
-    """The command that makes a cache anew."""
-    return (
-        f"delete it and build it again: craft-anchors build --policy.path=<teacher> --dataset.repo_id=<old skills> "
-        f"--num-samples=<n> --output={folder}"
-    )
-
-
-def _missing(folder: Path) -> str:
-    if partial_folder(folder).is_dir():
-        return (
-            f"{folder} is no anchor cache: its build was interrupted; finish it with the same craft-anchors build "
-            f"command, which goes on where it was"
-        )
-    state = "has no manifest.json" if folder.is_dir() else "does not exist"
-    return (
-        f"anchor cache {folder} {state}; build it with: craft-anchors build --policy.path=<teacher> "
-        f"--dataset.repo_id=<old skills> --num-samples=<n> --output={folder}, or train without retention: "
-        f"--retention-mode none"
-    )
-
-
-def _check_shard(folder: Path, shard: ShardInfo, manifest: AnchorManifest) -> None:
+    Raises:
+        FileNotFoundError: It is missing.
+        ValueError: It is damaged, or holds something else.
+    """
     file = folder / shard.file
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing from the anchor cache; {rebuild_hint(folder)}")
@@ -342,21 +225,27 @@ def _check_shard(folder: Path, shard: ShardInfo, manifest: AnchorManifest) -> No
         raise ValueError(
             f"{file} is truncated or changed: {found} bytes instead of {shard.bytes}; {rebuild_hint(folder)}"
         )
+    expected = {name: (info.dtype, [shard.samples, *info.shape]) for name, info in manifest.tensors.items()}
+    # In Python's whole numbers, before anything of these shapes is made: a declared size may be absurd.
+    needed = sum(math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in expected.values())
+    if needed > found:
+        raise ValueError(
+            f"{file} has {found} bytes, and the shapes that the manifest declares need {needed}; {rebuild_hint(folder)}"
+        )
     if sha256_of_file(file) != shard.sha256:
         raise ValueError(f"{file} is damaged: its checksum differs from the manifest's; {rebuild_hint(folder)}")
     try:
         with safe_open(file, framework="pt") as content:
-            shapes = {name: list(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+            holds = {
+                name: (STORED_DTYPES.get(part.get_dtype(), part.get_dtype()), list(part.get_shape()))
+                for name, part in slices.items()
+            }
     except SafetensorError as error:
         raise ValueError(f"{file} is no safetensors file ({error}); {rebuild_hint(folder)}") from error
-    expected = {name: [shard.samples, *info.shape] for name, info in manifest.tensors.items()}
-    if shapes != expected:
-        raise ValueError(f"{file} holds {shapes} instead of {expected}; {rebuild_hint(folder)}")
+    if holds != expected:
+        raise ValueError(f"{file} holds {holds} instead of {expected}; {rebuild_hint(folder)}")
 
 
 def _with_prefix(rows: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in rows.items() if name.startswith(prefix)}
-
-
-def _sha256_of_json(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

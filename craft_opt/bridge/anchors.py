@@ -7,7 +7,6 @@ build therefore leaves nothing that loads, and the same call goes on with the fi
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,48 +16,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
-from lerobot.policies import PreTrainedPolicy
-from lerobot.processor import PolicyProcessorPipeline
-from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS, OBS_STATE
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import tqdm
 
-from craft_opt.bridge.anchor_cache import (
+from craft_opt.bridge.anchor_cache import AnchorBatch, AnchorCache, AnchorOrder
+from craft_opt.bridge.anchor_frames import AnchorSource, FrameReader
+from craft_opt.bridge.anchor_manifest import (
     DTYPES,
-    FEATURE_MASK,
-    FEATURE_PREFIX,
-    IMAGE_PREFIX,
-    SOURCE_FRAME,
-    STATE,
-    TASK,
-    TOKEN_MASK,
-    TOKENS,
-    AnchorBatch,
-    AnchorCache,
+    KINDS,
+    STORAGES,
     AnchorManifest,
-    AnchorOrder,
-    ShardInfo,
     SourceInfo,
-    TensorInfo,
     partial_folder,
-    sha256_of_file,
     sync_folder,
     write_atomically,
 )
+from craft_opt.bridge.anchor_shards import ShardWriter, Teacher, dtype_name, process_anchors
 from craft_opt.bridge.features import (
     DEFAULT_LAYERS,
     DEFAULT_POOLING,
     FeatureSpec,
     depth_of,
-    generated_tokens,
-    hidden_features,
     language_model_of,
+    pi0_fast_of,
 )
 from craft_opt.bridge.fingerprints import digest, preprocessor_fingerprint, teacher_fingerprint
 from craft_opt.bridge.policies import (
@@ -66,13 +46,13 @@ from craft_opt.bridge.policies import (
     check_widths,
     load_policy,
     make_processors,
-    precision_context,
     read_policy_config,
     without_renaming,
 )
 
 __all__ = [
     "AnchorBatch",
+    "AnchorBuild",
     "AnchorCache",
     "AnchorManifest",
     "AnchorOrder",
@@ -84,33 +64,60 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 TOKEN_SOURCES = ("demonstrated", "teacher")
+# The kinds' own defaults: features at the demonstrated tokens, or what the teacher itself would say.
+DEFAULT_TOKEN_SOURCE = {"hidden": "demonstrated", "token_ce": "teacher"}
+# A teacher that knows its skills puts nearly all of its mass on a few tokens; 8 of them are 64 bytes a position.
+DEFAULT_TOP_K = 8
 _PLAN_FILE = "plan"
 
 
 @dataclass(frozen=True)
-class AnchorSource:
-    """A dataset to draw anchors from.
+class AnchorBuild:
+    """A build that is checked and ready: the teacher loaded, the frames chosen.
 
     Attributes:
-        repo_id: Its name.
-        root: Its folder, None for LeRobot's cache or the hub.
-        episodes: Episodes to draw from, None for all.
-        revision: Revision on the hub.
+        output: Folder of the cache.
+        teacher: Makes a cache's tensors from frames.
+        readers: Read the frames of each dataset.
+        frames: (dataset, row) of every anchor.
+        draft: The manifest but for what the shards tell.
+        shard_size: Anchors per file.
+        batch_size: Anchors per forward of the teacher.
     """
 
-    repo_id: str
-    root: str | Path | None = None
-    episodes: tuple[int, ...] | None = None
-    revision: str | None = None
+    output: Path
+    teacher: Teacher
+    readers: list[FrameReader]
+    frames: list[tuple[int, int]]
+    draft: dict[str, Any]
+    shard_size: int
+    batch_size: int
 
+    def run(self, *, progress: bool = True) -> AnchorManifest:
+        """Build the cache, or finish an interrupted build, or return the finished one.
 
-@dataclass(frozen=True)
-class _Teacher:
-    policy: PreTrainedPolicy
-    preprocessor: PolicyProcessorPipeline
-    spec: FeatureSpec
-    token_source: str
-    dtype: torch.dtype
+        Raises:
+            ValueError: The teacher's features or tokens are of no use.
+            FileExistsError: The output is there and holds something else.
+        """
+        if self.output.exists():
+            return _finished(self.output, self.draft)
+        folder = _start(self.output, digest([self.draft, self.frames, self.shard_size]))
+        shards = ShardWriter(folder, self.teacher, self.readers, self.batch_size)
+        held = shards.write(self.frames, self.shard_size, progress=progress)
+        manifest = AnchorManifest(
+            **{**self.draft, "sources": [SourceInfo(**source) for source in self.draft["sources"]]},
+            shards=held.shards,
+            tensors=held.tensors,
+            teacher_variance=held.variance(self.draft["layers"]),
+            versions={name: version(name) for name in ("craft-opt", "lerobot", "torch", "transformers")},
+        )
+        manifest.write(folder)
+        (folder / _PLAN_FILE).unlink()
+        folder.rename(self.output)
+        sync_folder(self.output.parent)
+        logger.info("anchor cache %s: %d anchors of %d tasks", self.output, manifest.samples, len(manifest.tasks))
+        return manifest
 
 
 def build_cache(
@@ -118,39 +125,17 @@ def build_cache(
     policy_path: str | Path,
     sources: Sequence[AnchorSource],
     *,
-    num_samples: int,
-    layers: Sequence[int] = DEFAULT_LAYERS,
-    pooling: str = DEFAULT_POOLING,
-    dtype: str = "auto",
-    seed: int = 0,
-    shard_size: int = 64,
-    batch_size: int = 16,
-    token_source: str = "demonstrated",
-    normalization_stats: str = "teacher",
-    stats_source: AnchorSource | None = None,
-    rename_map: Mapping[str, str] | None = None,
-    policy_overrides: Sequence[str] = (),
     progress: bool = True,
+    **settings: Any,
 ) -> AnchorManifest:
-    """Build a cache of hidden features, or finish an interrupted build, or return the finished one.
+    """Build a cache, or finish an interrupted build, or return the finished one.
 
     Args:
         output: Folder of the cache.
         policy_path: The teacher, a folder or a name on the hub.
-        sources: Datasets of the old skills; anchors are balanced over all their tasks.
-        num_samples: Anchors in all.
-        layers: Decoder layers, counted from 1, or from the last as -1.
-        pooling: One of :data:`craft_opt.retention.POOLINGS`.
-        dtype: Of the stored features: ``float32``, ``bfloat16``, ``float16`` or ``auto``, the dtype of the computation.
-        seed: Seed of the selection.
-        shard_size: Anchors per file.
-        batch_size: Anchors per forward of the teacher.
-        token_source: ``demonstrated`` (the dataset's actions) or ``teacher`` (what it generates itself).
-        normalization_stats: ``teacher`` or ``dataset``; with the latter, ``stats_source`` is the new skill's dataset.
-        stats_source: Dataset whose statistics the fine-tuning run will take.
-        rename_map: Keys of the sources → keys of the policy.
-        policy_overrides: Flags of the policy without their prefix, such as ``--device=cpu``.
+        sources: Datasets of the old skills.
         progress: Whether to show a progress bar.
+        **settings: See :func:`prepare_build`.
 
     Returns:
         The manifest of the cache.
@@ -160,149 +145,137 @@ def build_cache(
         FileNotFoundError: A dataset or the teacher is not there.
         FileExistsError: The output is there and holds something else.
     """
-    output = Path(output)
-    _check_settings(
-        sources, num_samples, dtype, shard_size, batch_size, token_source, normalization_stats, stats_source
-    )
-    config = read_policy_config(policy_path, tuple(policy_overrides))
-    datasets = [_open(source, config) for source in sources]
-    renames = dict(rename_map or {})
-    for dataset in datasets:
-        check_cameras(config, dataset.meta, renames)
-    policy = load_policy(config, datasets[0].meta, renames)
-    policy.eval()
-    stats = _metadata(stats_source).stats if stats_source is not None else None
-    preprocessor, _ = make_processors(config, stats=stats)
-    for dataset in datasets:
-        check_widths(preprocessor, dataset.meta, renames)
-    spec = FeatureSpec.resolve(layers, pooling, depth_of(policy))
-    compute_dtype = language_model_of(policy).layers[0].self_attn.q_proj.weight.dtype
-    teacher = _Teacher(
-        policy=policy,
-        preprocessor=without_renaming(preprocessor),
-        spec=spec,
-        token_source=token_source,
-        dtype=compute_dtype if dtype == "auto" else DTYPES[dtype],
-    )
-    frames = _select(datasets, num_samples, seed)
-    draft: dict[str, Any] = {
-        "kind": "hidden",
-        "samples": num_samples,
-        "layers": list(spec.layers),
-        "depth": depth_of(policy),
-        "pooling": pooling,
-        "feature_dtype": _dtype_name(teacher.dtype),
-        "compute_dtype": _dtype_name(compute_dtype),
-        "token_source": token_source,
-        "teacher_fingerprint": teacher_fingerprint(policy),
-        "preprocessor_fingerprint": preprocessor_fingerprint(preprocessor),
-        "normalization_stats": normalization_stats,
-        "sources": [asdict(_source_info(source, dataset)) for source, dataset in zip(sources, datasets, strict=True)],
-        "seed": seed,
-    }
-    plan = digest([draft, frames, shard_size, sorted(renames.items())])
-    if output.exists():
-        return _finished(output, draft)
-    folder = _start(output, plan)
-    tasks = sorted({str(task) for dataset in datasets for task in dataset.meta.tasks.index})
-    _write_shards(folder, teacher, datasets, frames, tasks, renames, shard_size, batch_size, progress)
-    manifest = _manifest(folder, draft, tasks, str(policy_path))
-    manifest.write(folder)
-    (folder / _PLAN_FILE).unlink()
-    folder.rename(output)
-    sync_folder(output.parent)
-    logger.info("anchor cache %s: %d anchors of %d tasks", output, num_samples, len(tasks))
-    return manifest
+    return prepare_build(output, policy_path, sources, **settings).run(progress=progress)
 
 
-def process_anchors(
-    preprocessor: PolicyProcessorPipeline,
-    images: Mapping[str, Tensor],
-    state: Tensor,
-    tasks: Sequence[str],
-    action: Tensor | None = None,
-) -> dict[str, Any]:
-    """Run stored samples through a preprocessor as the training loop runs its batches.
+def prepare_build(
+    output: str | Path,
+    policy_path: str | Path,
+    sources: Sequence[AnchorSource],
+    *,
+    kind: str = "hidden",
+    storage: str = "self_contained",
+    num_samples: int | None = None,
+    fraction: float | None = None,
+    balance: bool = True,
+    layers: Sequence[int] = DEFAULT_LAYERS,
+    pooling: str = DEFAULT_POOLING,
+    top_k: int | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    shard_size: int = 64,
+    batch_size: int = 16,
+    token_source: str | None = None,
+    normalization_stats: str = "teacher",
+    stats_source: AnchorSource | None = None,
+    rename_map: Mapping[str, str] | None = None,
+    policy_overrides: Sequence[str] = (),
+) -> AnchorBuild:
+    """Load the teacher, choose the frames, and check that everything fits.
 
     Args:
-        preprocessor: A preprocessor without its renaming step.
-        images: Camera key → (batch, channels, height, width) uint8.
-        state: (batch, state), not normalised.
-        tasks: Task texts.
-        action: (batch, chunk, action), not normalised, where action tokens are to be made.
+        output: Folder of the cache.
+        policy_path: The teacher, a folder or a name on the hub.
+        sources: Datasets of the old skills.
+        kind: ``hidden`` (features) or ``token_ce`` (what the teacher says of action tokens).
+        storage: ``self_contained`` (images, state and prompts are copied) or ``reference`` (read from the datasets).
+        num_samples: Anchors in all; this or ``fraction``.
+        fraction: Share of the chosen episodes' frames, in (0, 1].
+        balance: Whether every task gets as many anchors as its frames allow; otherwise every frame has one chance.
+        layers: For ``hidden``: decoder layers, counted from 1, or from the last as -1.
+        pooling: For ``hidden``: one of :data:`craft_opt.retention.POOLINGS`.
+        top_k: For ``token_ce``: the teacher's most probable tokens kept at each position, 0 for none; None is 8.
+        dtype: Of the stored features: ``float32``, ``bfloat16``, ``float16`` or ``auto``, the dtype of the computation.
+        seed: Seed of the selection.
+        shard_size: Anchors per file.
+        batch_size: Anchors per forward of the teacher.
+        token_source: ``demonstrated`` (the dataset's actions) or ``teacher`` (what it generates itself); None is the
+            former for ``hidden`` and the latter for ``token_ce``.
+        normalization_stats: ``teacher`` or ``dataset``; with the latter, ``stats_source`` is the new skill's dataset.
+        stats_source: Dataset whose statistics the fine-tuning run will take.
+        rename_map: Keys of the sources → keys of the policy.
+        policy_overrides: Flags of the policy without their prefix, such as ``--device=cpu``.
 
-    Returns:
-        The batch that the policy reads.
+    Raises:
+        ValueError: A setting, a dataset or the teacher does not fit.
+        FileNotFoundError: A dataset or the teacher is not there.
     """
-    batch: dict[str, Any] = {key: image.to(torch.float32) / 255.0 for key, image in images.items()}
-    batch |= {OBS_STATE: state, "task": list(tasks)}
-    if action is not None:
-        batch[ACTION] = action
-    return preprocessor(batch)
-
-
-def _check_settings(
-    sources: Sequence[AnchorSource],
-    num_samples: int,
-    dtype: str,
-    shard_size: int,
-    batch_size: int,
-    token_source: str,
-    normalization_stats: str,
-    stats_source: AnchorSource | None,
-) -> None:
-    if not sources:
-        raise ValueError("anchors need at least one dataset of old skills: --dataset.repo_id=<name>")
-    for name, number in (("num-samples", num_samples), ("shard-size", shard_size), ("batch-size", batch_size)):
-        if number < 1:
-            raise ValueError(f"--{name} must be at least 1, got {number}")
-    for name, value, allowed in (
+    if kind in KINDS and token_source is None:
+        token_source = DEFAULT_TOKEN_SOURCE[kind]
+    _check_choices(
+        ("kind", kind, KINDS),
+        ("storage", storage, STORAGES),
         ("dtype", dtype, ("auto", *DTYPES)),
         ("action-tokens", token_source, TOKEN_SOURCES),
         ("normalization_stats", normalization_stats, ("teacher", "dataset")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}")
+    )
+    _check_numbers(num_samples, fraction, shard_size, batch_size, kind, top_k)
+    if not sources:
+        raise ValueError("anchors need at least one dataset of old skills: --dataset.repo_id=<name>")
     if (normalization_stats == "dataset") != (stats_source is not None):
         raise ValueError(
             "--normalization_stats=dataset goes together with --stats.repo_id=<the new skill's dataset>: the cache "
             "must be processed as the fine-tuning run will process it"
         )
-
-
-def _metadata(source: AnchorSource) -> LeRobotDatasetMetadata:
-    _check_local(source)
-    return LeRobotDatasetMetadata(source.repo_id, root=source.root, revision=source.revision)
-
-
-def _open(source: AnchorSource, config: PreTrainedConfig) -> LeRobotDataset:
-    metadata = _metadata(source)
-    unknown = [episode for episode in source.episodes or () if not 0 <= episode < metadata.total_episodes]
-    if unknown:
-        raise ValueError(f"dataset {source.repo_id} has episodes 0..{metadata.total_episodes - 1}, got {unknown}")
-    return LeRobotDataset(
-        source.repo_id,
-        root=source.root,
-        episodes=None if source.episodes is None else sorted(source.episodes),
-        revision=source.revision,
-        delta_timestamps=resolve_delta_timestamps(config, metadata),
-        return_uint8=True,
+    config = read_policy_config(policy_path, tuple(policy_overrides))
+    datasets = [source.open(lambda metadata: resolve_delta_timestamps(config, metadata)) for source in sources]
+    renames = dict(rename_map or {})
+    for dataset in datasets:
+        check_cameras(config, dataset.meta, renames)
+    policy = load_policy(config, datasets[0].meta, renames)
+    policy.eval()
+    preprocessor, _ = make_processors(config, stats=stats_source.metadata().stats if stats_source else None)
+    for dataset in datasets:
+        check_widths(preprocessor, dataset.meta, renames)
+    compute_dtype = language_model_of(policy).layers[0].self_attn.q_proj.weight.dtype
+    hidden = kind == "hidden"
+    present = {renames.get(key, key) for key in datasets[0].meta.camera_keys}
+    tasks = sorted({str(task) for dataset in datasets for task in dataset.meta.tasks.index})
+    teacher = Teacher(
+        policy=policy,
+        preprocessor=without_renaming(preprocessor),
+        kind=kind,
+        storage=storage,
+        spec=FeatureSpec.resolve(layers, pooling, depth_of(policy)) if hidden else None,
+        top_k=0 if hidden else _top_k(top_k, policy),
+        token_source=str(token_source),
+        dtype=(compute_dtype if dtype == "auto" else DTYPES[dtype]) if hidden else torch.float32,
+        cameras=tuple(key for key in config.image_features if key in present),
+        tasks=tuple(tasks),
     )
+    frames = select_frames(datasets, num_samples, fraction, balance, seed)
+    draft: dict[str, Any] = {
+        "kind": kind,
+        "storage": storage,
+        "samples": len(frames),
+        "layers": list(teacher.spec.layers) if teacher.spec is not None else [],
+        "depth": depth_of(policy),
+        "pooling": teacher.spec.pooling if teacher.spec is not None else "",
+        "top_k": teacher.top_k,
+        "feature_dtype": dtype_name(teacher.dtype),
+        "compute_dtype": dtype_name(compute_dtype),
+        "token_source": token_source,
+        "teacher": str(policy_path),
+        "teacher_fingerprint": teacher_fingerprint(policy),
+        "preprocessor_fingerprint": preprocessor_fingerprint(preprocessor),
+        "normalization_stats": normalization_stats,
+        "sources": [asdict(_source_info(*pair, storage)) for pair in zip(sources, datasets, strict=True)],
+        "rename_map": renames,
+        "cameras": list(teacher.cameras),
+        "tasks": tasks,
+        "seed": seed,
+    }
+    readers = [FrameReader(dataset, teacher.cameras, renames) for dataset in datasets]
+    return AnchorBuild(Path(output), teacher, readers, frames, draft, shard_size, batch_size)
 
 
-def _check_local(source: AnchorSource) -> None:
-    # LeRobot makes the folder and then asks the hub for a dataset of that name.
-    if source.root is not None and not (Path(source.root) / "meta" / "info.json").is_file():
-        raise FileNotFoundError(f"{source.root} is no LeRobotDataset: meta/info.json is not there")
+def select_frames(
+    datasets: Sequence[LeRobotDataset], count: int | None, fraction: float | None, balance: bool, seed: int
+) -> list[tuple[int, int]]:
+    """(dataset, row) of every anchor, in random order.
 
-
-def _source_info(source: AnchorSource, dataset: LeRobotDataset) -> SourceInfo:
-    episodes = None if source.episodes is None else sorted(source.episodes)
-    return SourceInfo(source.repo_id, str(dataset.revision), episodes, dataset.num_frames)
-
-
-def _select(datasets: Sequence[LeRobotDataset], count: int, seed: int) -> list[tuple[int, int]]:
-    """(dataset, frame) of every anchor: as equal over all tasks as their frames allow, in random order."""
+    Balanced, the tasks' numbers are as equal as their frames allow.
+    """
     generator = np.random.default_rng(seed)
     groups: list[list[tuple[int, int]]] = []
     for number, dataset in enumerate(datasets):
@@ -311,11 +284,16 @@ def _select(datasets: Sequence[LeRobotDataset], count: int, seed: int) -> list[t
             frames = np.flatnonzero(task_of_frame == task)
             groups.append([(number, int(frame)) for frame in generator.permutation(frames)])
     available = sum(len(group) for group in groups)
+    count = max(1, round(available * fraction)) if fraction is not None else count
+    assert count is not None
     if available < count:
         raise ValueError(
             f"--num-samples={count} anchors were asked for, and the chosen episodes have {available} frames; "
             f"lower --num-samples or add episodes"
         )
+    if not balance:
+        together = [frame for group in groups for frame in group]
+        return [together[k] for k in generator.permutation(available)[:count]]
     chosen: list[tuple[int, int]] = []
     # Smallest group first: what it cannot give is shared out among the rest.
     for position, group in enumerate(sorted(groups, key=len)):
@@ -324,10 +302,46 @@ def _select(datasets: Sequence[LeRobotDataset], count: int, seed: int) -> list[t
     return [chosen[k] for k in generator.permutation(len(chosen))]
 
 
+def _check_choices(*settings: tuple[str, Any, Sequence[str]]) -> None:
+    for name, value, allowed in settings:
+        if value not in allowed:
+            raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_numbers(
+    num_samples: int | None, fraction: float | None, shard_size: int, batch_size: int, kind: str, top_k: int | None
+) -> None:
+    if (num_samples is None) == (fraction is None):
+        raise ValueError("give the number of anchors with --num-samples=<n>, or their share with --fraction=<0..1>")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"--fraction must lie above 0 and at most at 1, got {fraction}")
+    for name, number in (("num-samples", num_samples), ("shard-size", shard_size), ("batch-size", batch_size)):
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
+    if kind == "hidden" and top_k is not None:
+        raise ValueError(f"--top-k={top_k} goes with --kind=token_ce: a hidden cache keeps no tokens of the teacher's")
+
+
+def _top_k(wanted: int | None, policy: torch.nn.Module) -> int:
+    vocabulary = pi0_fast_of(policy).model.paligemma_with_expert.paligemma.lm_head.out_features
+    top_k = min(DEFAULT_TOP_K, vocabulary) if wanted is None else wanted
+    if not 0 <= top_k <= vocabulary:
+        raise ValueError(f"--top-k must lie between 0 and the vocabulary's {vocabulary} tokens, got {top_k}")
+    return top_k
+
+
+def _source_info(source: AnchorSource, dataset: LeRobotDataset, storage: str) -> SourceInfo:
+    episodes = None if source.episodes is None else sorted(source.episodes)
+    # Absolute: a run may start in another folder than the build did.
+    root = str(Path(source.root).resolve()) if storage == "reference" and source.root is not None else None
+    return SourceInfo(source.repo_id, root, str(dataset.revision), episodes, dataset.num_frames)
+
+
 def _finished(output: Path, draft: Mapping[str, Any]) -> AnchorManifest:
     manifest = AnchorCache.open(output).manifest
     found = asdict(manifest)
-    different = sorted(name for name, value in draft.items() if found[name] != value)
+    # Where the teacher lies may change; its fingerprint tells whether it is the same.
+    different = sorted(name for name, value in draft.items() if name != "teacher" and found[name] != value)
     if different:
         changes = "; ".join(f"{name}: {found[name]!r} there, {draft[name]!r} asked for" for name in different)
         raise FileExistsError(f"{output} holds another anchor cache ({changes}); delete it or choose another --output")
@@ -346,136 +360,3 @@ def _start(output: Path, plan: str) -> Path:
     if not marker.is_file():
         write_atomically(marker, plan)
     return folder
-
-
-def _write_shards(
-    folder: Path,
-    teacher: _Teacher,
-    datasets: Sequence[LeRobotDataset],
-    frames: Sequence[tuple[int, int]],
-    tasks: Sequence[str],
-    renames: Mapping[str, str],
-    shard_size: int,
-    batch_size: int,
-    progress: bool,
-) -> None:
-    cameras = [key for key in teacher.policy.config.image_features if _has_camera(datasets[0], key, renames)]
-    with tqdm(total=len(frames), desc="Anchors", unit="anchor", disable=None if progress else True) as bar:
-        for number, start in enumerate(range(0, len(frames), shard_size)):
-            file = folder / f"shard-{number:05d}.safetensors"
-            members = frames[start : start + shard_size]
-            if not file.is_file():
-                parts = [
-                    _rows(teacher, datasets, members[k : k + batch_size], cameras, tasks, renames)
-                    for k in range(0, len(members), batch_size)
-                ]
-                _write_shard(file, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-            bar.update(len(members))
-
-
-def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    save_file(tensors, temporary)
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    sync_folder(file.parent)
-
-
-def _has_camera(dataset: LeRobotDataset, key: str, renames: Mapping[str, str]) -> bool:
-    return key in {renames.get(camera, camera) for camera in dataset.meta.camera_keys}
-
-
-@torch.no_grad()
-def _rows(
-    teacher: _Teacher,
-    datasets: Sequence[LeRobotDataset],
-    members: Sequence[tuple[int, int]],
-    cameras: Sequence[str],
-    tasks: Sequence[str],
-    renames: Mapping[str, str],
-) -> dict[str, Tensor]:
-    """Everything the cache keeps of some samples; the features come from what is kept, not from what was read."""
-    items = [{renames.get(k, k): v for k, v in datasets[number][frame].items()} for number, frame in members]
-    images = {key: _stack([_as_uint8(item[key]) for item in items], key) for key in cameras}
-    state = _stack([item[OBS_STATE].float() for item in items], OBS_STATE)
-    texts = [str(item["task"]) for item in items]
-    action = _stack([item[ACTION].float() for item in items], ACTION)
-    batch = process_anchors(teacher.preprocessor, images, state, texts, action)
-    with precision_context(teacher.policy.config):
-        if teacher.token_source == "teacher":
-            batch[ACTION_TOKENS], batch[ACTION_TOKEN_MASK] = generated_tokens(teacher.policy, batch)
-        features = hidden_features(teacher.policy, batch, teacher.spec)
-    return {
-        **{f"{IMAGE_PREFIX}{key}": image.contiguous() for key, image in images.items()},
-        STATE: state,
-        TASK: torch.tensor([tasks.index(text) for text in texts], dtype=torch.int32),
-        SOURCE_FRAME: torch.tensor([int(item["index"]) for item in items], dtype=torch.int64),
-        TOKENS: batch[ACTION_TOKENS].to(torch.int32).cpu().contiguous(),
-        TOKEN_MASK: batch[ACTION_TOKEN_MASK].cpu().contiguous(),
-        FEATURE_MASK: features.mask.cpu().contiguous(),
-        **{
-            f"{FEATURE_PREFIX}{layer}": value.to(teacher.dtype).cpu().contiguous()
-            for layer, value in features.by_layer.items()
-        },
-    }
-
-
-def _as_uint8(image: Tensor) -> Tensor:
-    """Image datasets give fp32 in [0, 1] made from uint8, video datasets uint8: back to uint8 without loss."""
-    return image if image.dtype == torch.uint8 else (image * 255.0).round().to(torch.uint8)
-
-
-def _stack(tensors: list[Tensor], key: str) -> Tensor:
-    shapes = {tuple(tensor.shape) for tensor in tensors}
-    if len(shapes) > 1:
-        raise ValueError(f"the datasets differ in the shape of {key}: {sorted(shapes)}; build a cache for each")
-    return torch.stack(tensors)
-
-
-def _manifest(folder: Path, draft: Mapping[str, Any], tasks: list[str], policy_path: str) -> AnchorManifest:
-    files = sorted(folder.glob("shard-*.safetensors"))
-    shards, infos = [], {}
-    for file in files:
-        with safe_open(file, framework="pt") as content:
-            tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
-            samples = tensors[STATE].get_shape()[0]
-            infos = {
-                name: TensorInfo(_dtype_name(tensor[:1].dtype), list(tensor.get_shape()[1:]))
-                for name, tensor in sorted(tensors.items())
-            }
-        shards.append(ShardInfo(file.name, samples, file.stat().st_size, sha256_of_file(file)))
-    return AnchorManifest(
-        **{**draft, "sources": [SourceInfo(**source) for source in draft["sources"]]},
-        shards=shards,
-        tensors=infos,
-        teacher_variance={str(layer): _variance(files, layer) for layer in draft["layers"]},
-        teacher=policy_path,
-        tasks=tasks,
-        versions={name: version(name) for name in ("craft-opt", "lerobot", "torch", "transformers")},
-    )
-
-
-def _variance(files: Sequence[Path], layer: int) -> float:
-    """Mean over features of the variance over all positions that count; two passes in fp64."""
-    mean, count = torch.zeros((), dtype=torch.float64), 0
-    squares = torch.zeros((), dtype=torch.float64)
-    for second_pass in (False, True):
-        for file in files:
-            with safe_open(file, framework="pt") as content:
-                values = content.get_tensor(f"{FEATURE_PREFIX}{layer}")[content.get_tensor(FEATURE_MASK)].double()
-            if second_pass:
-                squares = squares + (values - mean / count).square().sum(dim=0)
-            else:
-                mean, count = mean + values.sum(dim=0), count + len(values)
-    variance = (squares / max(count, 1)).mean().item()
-    if not (np.isfinite(variance) and variance > 0):
-        raise ValueError(
-            f"the teacher's features at layer {layer} have variance {variance}; features that are not finite, or never "
-            f"vary, anchor nothing: check the teacher's weights, take more anchors or another layer"
-        )
-    return variance
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

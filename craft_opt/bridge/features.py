@@ -1,4 +1,4 @@
-"""Hidden features of pi0_fast: prefix and action-token positions, under teacher forcing, at chosen layers.
+"""Hidden features and token logits of pi0_fast under teacher forcing: prefix and action positions, at chosen layers.
 
 The sequence is LeRobot's own, made by the functions that its token loss uses: [images, prompt, action tokens], images
 and prompt seeing each other, action tokens seeing them and the action tokens before. Hidden state k is what decoder
@@ -159,6 +159,28 @@ def hidden_features(policy: nn.Module, batch: Mapping[str, Any], spec: FeatureSp
     if len(language.layers) in spec.layers:
         hidden[len(language.layers)] = last
     return _pooled(hidden, valid, n_image, n_action, spec.pooling)
+
+
+def action_logits(
+    policy: nn.Module, batch: Mapping[str, Any]
+) -> tuple[Float[Tensor, "batch tokens vocabulary"], Bool[Tensor, "batch tokens"]]:
+    """Compute what the policy predicts for each action token from those before it, as its own token loss does.
+
+    Args:
+        policy: A pi0_fast policy, in PEFT or not.
+        batch: What the policy's preprocessor gives, with action token ids.
+
+    Returns:
+        Logits, of which [:, i] predict action token i, in the dtype that the model computes in; and the mask of the
+        tokens that the token loss counts: the real ones without the start token, which is given and never predicted.
+    """
+    depth = depth_of(policy)
+    hidden = hidden_features(policy, batch, FeatureSpec((depth,), "none")).by_layer[depth]
+    head = pi0_fast_of(policy).model.paligemma_with_expert.paligemma.lm_head
+    mask = batch[ACTION_TOKEN_MASK].clone()
+    mask[:, 0] = False
+    # One to the left: the state before token i predicts it.
+    return head(hidden[:, -mask.shape[1] - 1 : -1]), mask
 
 
 def retention_loss(

@@ -7,6 +7,7 @@ from torch.utils.data import default_collate
 
 from craft_opt.bridge.features import (
     FeatureSpec,
+    action_logits,
     generated_tokens,
     hidden_features,
     language_model_of,
@@ -66,6 +67,29 @@ def test_the_mask_marks_what_the_token_loss_reads(policy_and_batch):
         targets = batch[ACTION_TOKENS][:, 1:][batch[ACTION_TOKEN_MASK][:, 1:]]
     assert not features.mask.all(), "padding must occur for the test to say something"
     torch.testing.assert_close(torch.nn.functional.cross_entropy(logits, targets), loss, rtol=1e-6, atol=0)
+
+
+def test_action_logits_give_the_policys_own_loss(policy_and_batch):
+    policy, batch = policy_and_batch
+    with torch.no_grad():
+        logits, mask = action_logits(policy, batch)
+        loss, _ = policy(batch)
+    assert logits.shape[:2] == mask.shape == batch[ACTION_TOKENS].shape
+    assert not mask.all(dim=1).any(), "the start token is never predicted"
+    own = torch.nn.functional.cross_entropy(logits[mask], batch[ACTION_TOKENS][mask])
+    # The same sum of at most 56 fp32 terms in another order.
+    torch.testing.assert_close(own, loss, rtol=1e-6, atol=0)
+    shifted = torch.nn.functional.cross_entropy(logits.roll(1, dims=1)[mask], batch[ACTION_TOKENS][mask])
+    assert abs(shifted - loss) > 1e-3, "the test must see a shift by one"
+
+
+def test_action_logits_carry_gradients_to_head_and_decoder(policy_and_batch):
+    policy, batch = policy_and_batch
+    logits, mask = action_logits(policy, batch)
+    logits[mask].square().mean().backward()
+    assert policy.model.paligemma_with_expert.paligemma.lm_head.weight.grad.abs().sum() > 0
+    assert language_model_of(policy).layers[0].mlp.down_proj.weight.grad.abs().sum() > 0
+    policy.zero_grad()
 
 
 def test_predicting_positions_shift_by_one():

@@ -1,0 +1,294 @@
+"""The manifest of an anchor cache: what it holds, what made it, and the checks that need no shard.
+
+``manifest.json`` carries a checksum of itself and one of every shard, and nothing in it is believed before it is
+checked: file names stay inside the folder, numbers are numbers, and every tensor that the kind needs is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "craft-anchor-cache"
+VERSION = 2
+MANIFEST_FILE = "manifest.json"
+KINDS = ("hidden", "token_ce")
+STORAGES = ("self_contained", "reference")
+
+IMAGE_PREFIX = "image/"
+FEATURE_PREFIX = "features/"
+# Of every cache.
+TOKENS, TOKEN_MASK, SOURCE, SOURCE_FRAME = "action_tokens", "action_token_mask", "source", "source_frame"
+# Of self-contained ones, beside the images.
+STATE, TASK = "state", "task_index"
+# Of ones by reference: what tells that the dataset still holds the same frames at the same places.
+EPISODE, FRAME_IN_EPISODE, IDENTITY = "episode_index", "frame_index", "identity"
+# Of hidden ones, beside the features; of token_ce ones, the last two with top_k > 0.
+FEATURE_MASK = "feature_mask"
+TEACHER_CE, TOP_IDS, TOP_LOGPROBS = "teacher_ce", "top_ids", "top_logprobs"
+
+# safetensors' names of the dtypes that a cache holds → torch's.
+STORED_DTYPES = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I32": "int32",
+    "I64": "int64",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One safetensors file of a cache.
+
+    Attributes:
+        file: Name inside the cache folder.
+        samples: Samples in it.
+        bytes: Its size.
+        sha256: Checksum of the whole file.
+    """
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """A dataset that anchors were taken from.
+
+    Attributes:
+        repo_id: Its name.
+        root: Its folder, None where the cache needs it no more, or where LeRobot finds it by its name.
+        revision: Its revision, as LeRobot resolved it.
+        episodes: The episodes that were drawn from, None for all.
+        frames: Frames in them.
+    """
+
+    repo_id: str
+    root: str | None
+    revision: str
+    episodes: list[int] | None
+    frames: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Dtype (torch's name) and shape of one sample's tensor."""
+
+    dtype: str
+    shape: list[int]
+
+
+@dataclass(frozen=True)
+class AnchorManifest:
+    """What a cache holds and what made it.
+
+    Attributes:
+        kind: ``hidden`` (features) or ``token_ce`` (the teacher's tokens).
+        storage: ``self_contained`` (images, state and prompts in the shards) or ``reference`` (read from the datasets).
+        samples: Number of anchors.
+        shards: Files in order.
+        tensors: Name → dtype and shape of one sample.
+        layers: Decoder layers, counted from 1; none for ``token_ce``.
+        depth: Decoder layers of the teacher.
+        pooling: How positions were pooled; empty for ``token_ce``.
+        top_k: The teacher's most probable tokens kept at each position; 0 for none, and for ``hidden``.
+        feature_dtype: Dtype of the stored features or log-probabilities.
+        compute_dtype: Dtype that the teacher computed in.
+        token_source: ``demonstrated`` or ``teacher``: whose action tokens were forced.
+        teacher_variance: Layer (as text) → variance of its features over the cache, averaged over features.
+        teacher: Where the teacher was loaded from, as given.
+        teacher_fingerprint: Fingerprint of its weights.
+        preprocessor_fingerprint: Fingerprint of the preprocessor, statistics included.
+        normalization_stats: ``teacher`` or ``dataset``.
+        sources: Datasets of the anchors.
+        rename_map: Keys of the datasets → keys of the policy.
+        cameras: Images of a sample, under the policy's keys.
+        tasks: Task texts; ``task_index`` points into them.
+        seed: Seed of the selection.
+        versions: Versions of the packages that made the cache.
+    """
+
+    kind: str
+    storage: str
+    samples: int
+    shards: list[ShardInfo]
+    tensors: dict[str, TensorInfo]
+    layers: list[int]
+    depth: int
+    pooling: str
+    top_k: int
+    feature_dtype: str
+    compute_dtype: str
+    token_source: str
+    teacher_variance: dict[str, float]
+    teacher: str
+    teacher_fingerprint: str
+    preprocessor_fingerprint: str
+    normalization_stats: str
+    sources: list[SourceInfo]
+    rename_map: dict[str, str]
+    cameras: list[str]
+    tasks: list[str]
+    seed: int
+    versions: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Checksum of the manifest, and through the shards' checksums of the whole cache."""
+        return _sha256_of_json(asdict(self))
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` in one rename."""
+        content = {"format": FORMAT, "version": VERSION, **asdict(self), "manifest_sha256": self.digest}
+        write_atomically(folder / MANIFEST_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> AnchorManifest:
+        """Read and check ``manifest.json``.
+
+        Raises:
+            FileNotFoundError: The folder is no cache, or an unfinished one.
+            ValueError: The manifest is damaged or of another format.
+        """
+        file = folder / MANIFEST_FILE
+        if not file.is_file():
+            raise FileNotFoundError(_missing(folder))
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is damaged ({error}); {rebuild_hint(folder)}") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise ValueError(f"{file} is no manifest of an anchor cache; {rebuild_hint(folder)}")
+        if (version := content.pop("version", None)) != VERSION:
+            raise ValueError(
+                f"{file} has format version {version!r}, and this program reads version {VERSION}; "
+                f"{rebuild_hint(folder, content)}"
+            )
+        expected = content.pop("manifest_sha256", None)
+        if _sha256_of_json(content) != expected or content.keys() != {field.name for field in fields(cls)}:
+            raise ValueError(f"{file} was changed after it was written: its checksum differs; {rebuild_hint(folder)}")
+        try:
+            manifest = cls._parsed(content)
+            manifest._check()
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} does not describe an anchor cache: {error}; {rebuild_hint(folder)}") from error
+        return manifest
+
+    @classmethod
+    def _parsed(cls, content: dict[str, Any]) -> AnchorManifest:
+        content["shards"] = [ShardInfo(**shard) for shard in content["shards"]]
+        content["sources"] = [SourceInfo(**source) for source in content["sources"]]
+        content["tensors"] = {name: TensorInfo(**info) for name, info in content["tensors"].items()}
+        return cls(**content)
+
+    def _check(self) -> None:
+        """Refuse what a matching checksum does not exclude: it is public how it is made."""
+        for name, value, allowed in (("kind", self.kind, KINDS), ("storage", self.storage, STORAGES)):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r} instead of one of {', '.join(allowed)}")
+        for shard in self.shards:
+            if not is_plain_name(shard.file):
+                raise ValueError(f"it names the shard {shard.file!r}, which is no file name inside the folder")
+        if len({shard.file for shard in self.shards}) != len(self.shards):
+            raise ValueError("it names a shard twice")
+        numbers = [self.samples, self.depth, *(n for shard in self.shards for n in (shard.samples, shard.bytes))]
+        sizes = [size for info in self.tensors.values() for size in info.shape]
+        if not all(type(number) is int and number > 0 for number in [*numbers, *sizes, *self.layers]):
+            raise ValueError("a number of samples, bytes, layers or positions is no whole number above 0")
+        if (held := sum(shard.samples for shard in self.shards)) != self.samples:
+            raise ValueError(f"it names {self.samples} anchors, and its shards hold {held}")
+        if missing := sorted(self.needed_tensors() - self.tensors.keys()):
+            raise ValueError(f"a {self.kind} cache needs {', '.join(missing)}, which it does not name")
+        if unknown := {info.dtype for info in self.tensors.values()} - set(STORED_DTYPES.values()):
+            raise ValueError(f"{min(unknown)!r} is no dtype of a cache")
+
+    def needed_tensors(self) -> set[str]:
+        """Names of the tensors that a cache of this kind cannot be without."""
+        needed = {TOKENS, TOKEN_MASK, SOURCE, SOURCE_FRAME}
+        needed |= {STATE, TASK} if self.storage == "self_contained" else {EPISODE, FRAME_IN_EPISODE, IDENTITY}
+        if self.kind == "hidden":
+            return needed | {FEATURE_MASK, *(f"{FEATURE_PREFIX}{layer}" for layer in self.layers)}
+        return needed | {TEACHER_CE} | ({TOP_IDS, TOP_LOGPROBS} if self.top_k else set())
+
+
+def sha256_of_file(file: Path) -> str:
+    """Checksum of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file so that it is there wholly or not at all, also after a power cut."""
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a cache is built before it is renamed to its name."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is that of a file in a folder: no path, nothing above it, nothing hidden."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and Path(name).name == name
+
+
+def rebuild_hint(folder: Path, content: Mapping[str, Any] | None = None) -> str:
+    """The command that makes a cache anew, with what a readable manifest tells about it."""
+    return f"delete it and build it again: {build_command(folder, content)}"
+
+
+def build_command(folder: Path, content: Mapping[str, Any] | None = None) -> str:
+    """The command that builds a cache, with placeholders for what is not known."""
+    content = content or {}
+    sources = content.get("sources")
+    names = [source.get("repo_id") for source in sources if isinstance(source, dict)] if sources else []
+    datasets = " ".join(f"--dataset.repo_id={name}" for name in names or ["<old skills>"])
+    return (
+        f"craft-anchors build --policy.path={content.get('teacher', '<teacher>')} {datasets} "
+        f"--num-samples={content.get('samples', '<n>')} --output={folder}"
+    )
+
+
+def _missing(folder: Path) -> str:
+    if partial_folder(folder).is_dir():
+        return (
+            f"{folder} is no anchor cache: its build was interrupted; finish it with the same craft-anchors build "
+            f"command, which goes on where it was"
+        )
+    state = "has no manifest.json" if folder.is_dir() else "does not exist"
+    return (
+        f"anchor cache {folder} {state}; build it with: {build_command(folder)}, or train without retention: "
+        f"--retention-mode none"
+    )
+
+
+def _sha256_of_json(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
