@@ -22,7 +22,9 @@ from craft_opt.bridge.anchor_cache import sync_folder
 from craft_opt.bridge.config import CraftTrainConfig
 
 CRAFT_STATE_FILE = "craft_state.safetensors"
-_FORMAT = "craft-state-1"
+_FORMAT = "craft-state-2"
+# Of before there were several caches: one position and one digest, every step one batch.
+_SINGLE_CACHE_FORMAT = "craft-state-1"
 _DUAL_NAMES = ("lam", "t", "skipped")
 
 
@@ -34,17 +36,19 @@ class CraftState:
         lam: λ.
         t: Completed steps, ε's clock.
         skipped: Skipped steps.
-        anchor_position: Anchors drawn so far.
-        cache_digest: Digest of the anchor cache's manifest, empty without retention.
+        anchor_positions: Anchors drawn so far from every cache.
+        cache_digests: Digests of the anchor caches' manifests, in order; none without retention.
         normalization_stats: ``teacher`` or ``dataset``.
+        accumulated: Batches of a step.
     """
 
     lam: float
     t: int
     skipped: int
-    anchor_position: int
-    cache_digest: str
+    anchor_positions: tuple[int, ...]
+    cache_digests: tuple[str, ...]
     normalization_stats: str
+    accumulated: int = 1
 
     def write(self, file: Path) -> None:
         """Write it as safetensors."""
@@ -52,9 +56,10 @@ class CraftState:
             "lam": torch.tensor(self.lam, dtype=torch.float64),
             "t": torch.tensor(self.t, dtype=torch.int64),
             "skipped": torch.tensor(self.skipped, dtype=torch.int64),
-            "anchor_position": torch.tensor(self.anchor_position, dtype=torch.int64),
+            "anchor_positions": torch.tensor(self.anchor_positions, dtype=torch.int64),
+            "accumulated": torch.tensor(self.accumulated, dtype=torch.int64),
         }
-        described = {"cache_digest": self.cache_digest, "normalization_stats": self.normalization_stats}
+        described = {"cache_digests": ",".join(self.cache_digests), "normalization_stats": self.normalization_stats}
         save_file(tensors, file, metadata={"format": _FORMAT, **described})
 
     @classmethod
@@ -74,12 +79,21 @@ class CraftState:
         try:
             with safe_open(file, framework="pt") as content:
                 metadata = content.metadata() or {}
-                values = {name: content.get_tensor(name).item() for name in content.keys()}  # noqa: SIM118
+                values = {name: content.get_tensor(name).tolist() for name in content.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); resume from another checkpoint") from error
-        if metadata.pop("format", None) != _FORMAT:
-            raise ValueError(f"{file} has another format than {_FORMAT}; resume with the version that wrote it")
-        return cls(**values, **metadata)
+        found = metadata.pop("format", None)
+        digests = metadata.pop("cache_digest" if found == _SINGLE_CACHE_FORMAT else "cache_digests", "")
+        if found == _SINGLE_CACHE_FORMAT:
+            position = values.pop("anchor_position")
+            values["anchor_positions"] = [position] if digests else []
+        elif found != _FORMAT:
+            raise ValueError(
+                f"{file} has format {found!r}, and this program reads {_FORMAT} and {_SINGLE_CACHE_FORMAT}; resume "
+                f"with the version that wrote it"
+            )
+        values["anchor_positions"] = tuple(values["anchor_positions"])
+        return cls(cache_digests=tuple(filter(None, digests.split(","))), **values, **metadata)
 
 
 def save(
@@ -90,8 +104,8 @@ def save(
     scheduler: LRScheduler | None,
     processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline],
     *,
-    anchor_position: int,
-    cache_digest: str,
+    anchor_positions: tuple[int, ...],
+    cache_digests: tuple[str, ...],
 ) -> Path:
     """Write ``checkpoints/<step>`` under a temporary name, rename it, and let ``checkpoints/last`` point to it.
 
@@ -119,9 +133,10 @@ def save(
         lam=float(dual["lam"]),
         t=int(dual["t"]),
         skipped=int(dual["skipped"]),
-        anchor_position=anchor_position,
-        cache_digest=cache_digest,
+        anchor_positions=anchor_positions,
+        cache_digests=cache_digests,
         normalization_stats=cfg.normalization_stats,
+        accumulated=cfg.gradient_accumulation_steps,
     )
     state.write(partial / TRAINING_STATE_DIR / CRAFT_STATE_FILE)
     _sync_tree(partial)
@@ -137,14 +152,14 @@ def save(
 
 
 def restore(
-    cfg: CraftTrainConfig, optimizer: CraftOptimizer, scheduler: LRScheduler | None, cache_digest: str
-) -> tuple[int, int]:
+    cfg: CraftTrainConfig, optimizer: CraftOptimizer, scheduler: LRScheduler | None, cache_digests: tuple[str, ...]
+) -> tuple[int, tuple[int, ...]]:
     """Load optimizer, scheduler and RNG states from ``cfg.checkpoint_path``.
 
     Called last before the loop: it sets the global generators, and nothing may draw from them in between.
 
     Returns:
-        Steps done and anchors drawn.
+        Steps done, and anchors drawn from every cache.
 
     Raises:
         FileNotFoundError: CRaFT's state is missing.
@@ -155,11 +170,16 @@ def restore(
     if folder.name.endswith((".partial", ".replaced")):
         raise ValueError(f"{folder} is an unfinished checkpoint; resume from {folder.parent / LAST_CHECKPOINT_LINK}")
     state = CraftState.read(folder / TRAINING_STATE_DIR / CRAFT_STATE_FILE)
-    if state.cache_digest != cache_digest:
+    if state.cache_digests != cache_digests:
         raise ValueError(
-            f"{folder} was trained with anchor cache {state.cache_digest[:16] or 'none'}, and craft.anchor_cache_dir="
-            f"{cfg.craft.anchor_cache_dir!r} is {cache_digest[:16] or 'none'}; resume with the same cache and "
-            f"retention mode"
+            f"{folder} was trained with anchor cache {_short(state.cache_digests)}, and craft.anchor_cache_dir="
+            f"{cfg.craft.anchor_cache_dir!r} is {_short(cache_digests)}; resume with the same cache and retention mode"
+        )
+    if state.accumulated != cfg.gradient_accumulation_steps:
+        raise ValueError(
+            f"{folder} was trained with --gradient_accumulation_steps={state.accumulated}, got "
+            f"{cfg.gradient_accumulation_steps}; the order of samples cannot be found again, resume with "
+            f"--gradient_accumulation_steps={state.accumulated}"
         )
     if state.normalization_stats != cfg.normalization_stats:
         raise ValueError(
@@ -175,7 +195,7 @@ def restore(
             f"{folder}: {CRAFT_STATE_FILE} says {expected} and the optimizer's state {found} at step {step}; the files "
             f"are of different checkpoints, resume from another"
         )
-    return step, state.anchor_position
+    return step, state.anchor_positions
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
@@ -185,6 +205,10 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
         return None
     whole = [path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()]
     return max(whole, key=lambda path: int(path.name), default=None)
+
+
+def _short(digests: tuple[str, ...]) -> str:
+    return ", ".join(digest[:16] for digest in digests) or "none"
 
 
 def _dual_of(optimizer: CraftOptimizer) -> dict[str, Tensor]:

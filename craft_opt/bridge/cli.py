@@ -32,7 +32,8 @@ HELP = """\
 Fine-tune a robot policy on a new skill and keep the old ones.
 
 The quickstart, offline, on two CPU cores or a GPU (MetaWorld demonstrations, a tiny pi0_fast):
-  python train.py --retention-mode hidden|none [--seed N] [--output_dir DIR] [--steps N] [--craft.x=v ...] [--dry-run]
+  python train.py --retention-mode hidden|token_ce|none [--seed N] [--output_dir DIR] [--steps N] [--craft.x=v ...]
+                  [--dry-run]
 
 Your own policy and data:
   python train.py --policy.path=lerobot/pi0fast-base --dataset.repo_id=NAME --steps=N \\
@@ -43,9 +44,10 @@ Go on from a checkpoint:
   python train.py --resume=true --config_path=DIR/checkpoints/last/pretrained_model/train_config.json
 
 Flags of this program:
-  --retention-mode MODE         hidden, token_ce (not built yet) or none (plain fine-tuning)
+  --retention-mode MODE         hidden (the teacher's features), token_ce (its action tokens) or none
   --dry-run                     three steps, no checkpoint
   --normalization_stats=WHOSE   teacher (default: keeps the policy's own) or dataset (needs a cache built with them)
+  --gradient_accumulation_steps=N   batches to a step; --policy.gradient_checkpointing=true saves memory as well
   --anchor_layers=[-2,-1]       refuse a cache of other layers;  --anchor_pooling=NAME: of another pooling
 Settings of the method (--craft.x=v or craft.x=v), with their defaults:
 """
@@ -93,8 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = read_command(argv)
         if command.kind == "help":
             return _help(command)
-        if command.retention_mode == "token_ce":
-            raise UsageError("retention mode token_ce is not built yet; use --retention-mode hidden, or none")
         return _quickstart(command) if command.kind == "quickstart" else _train(command)
     except UsageError as error:
         return _fail(error)
@@ -194,6 +194,11 @@ def _craft_settings(flags: dict[str, str]) -> dict[str, Any]:
                 f"--craft.retention_mode={settings['retention_mode']} is given; drop one of them"
             )
         settings |= meant
+    if settings.get("epsilon") == "auto" and (ends := [n for n in ("epsilon_start", "epsilon_end") if n in settings]):
+        raise UsageError(
+            f"contradictory flags: --craft.epsilon=auto measures what --craft.{ends[0]} says; drop one of them, or set "
+            f"--craft.epsilon_auto_fraction"
+        )
     try:
         CraftConfig(**settings)
     except ValueError as error:

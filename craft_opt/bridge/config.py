@@ -85,6 +85,8 @@ class CraftTrainConfig(TrainPipelineConfig):
             takes the new dataset's, as LeRobot does, and needs an anchor cache built with them.
         anchor_layers: Decoder layers that the cache must hold, -1 being the last; None takes the cache's.
         anchor_pooling: Pooling that the cache must have; None takes the cache's.
+        gradient_accumulation_steps: Batches whose gradients are averaged for one step; ``batch_size`` is that of each,
+            ``steps`` counts updates, and anchors are drawn once an update.
         dry_run: Three steps, no checkpoint.
     """
 
@@ -92,6 +94,7 @@ class CraftTrainConfig(TrainPipelineConfig):
     normalization_stats: str = "teacher"
     anchor_layers: list[int] | None = None
     anchor_pooling: str | None = None
+    gradient_accumulation_steps: int = 1
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -120,7 +123,7 @@ class CraftTrainConfig(TrainPipelineConfig):
             )
         if self.dry_run:
             self._become_dry_run()
-        for name, lowest in (("steps", 1), ("batch_size", 1), ("num_workers", 0)):
+        for name, lowest in (("steps", 1), ("batch_size", 1), ("num_workers", 0), ("gradient_accumulation_steps", 1)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
         chosen: OptimizerConfig | None = getattr(self, "optimizer", None)
@@ -136,6 +139,12 @@ class CraftTrainConfig(TrainPipelineConfig):
         resolved = self._craft_optimizer(chosen, [name.lstrip("-").split("=")[0] for name in given])
         resolved.bind(self.craft, self.steps)
         self.optimizer = resolved
+
+    def set_epsilon(self, start: float, end: float) -> None:
+        """Put what ``epsilon=auto`` found into the settings, from which the optimizer and every checkpoint take it."""
+        self.craft = replace(self.craft, epsilon_start=start, epsilon_end=end)
+        assert isinstance(self.optimizer, CraftAdamWConfig)
+        self.optimizer.bind(self.craft, self.steps)
 
     def _become_dry_run(self) -> None:
         self.steps, self.log_freq = DRY_RUN_STEPS, 1

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from lerobot.utils.utils import init_logging
 from tqdm import tqdm
 
 from craft_opt import CraftConfig
-from craft_opt.bridge.anchor_cache import AnchorCache, write_atomically
+from craft_opt.bridge.anchor_cache import write_atomically
+from craft_opt.bridge.retention_term import Retention
 from craft_opt.bridge.step import StepResult
 
 METRICS_FILE = "metrics.jsonl"
@@ -26,7 +27,10 @@ _MARK = "✓"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step in plain numbers. Fields of retention are None on a step without it.
+    """One step in plain numbers.
+
+    Fields are None where there is nothing to tell: λ and ε in a run without retention, what the two gradients say on a
+    step without a retention gradient, L_ret on a step that did not measure it.
 
     Attributes:
         step: Number of the step, counted from 1.
@@ -40,11 +44,13 @@ class StepRecord:
         skipped: Whether nothing was updated because something was not finite.
         skipped_steps: Skipped steps so far.
         retention_loss: L_ret.
+        lam_before: λ that the merge used.
         lam: λ after the step.
         epsilon: ε that λ was held against.
         conflict: Whether the task gradient was projected.
         dot: <g_t, g_r> before projection.
         cos: Cosine of the two before projection.
+        reused: Whether g_r was that of an earlier step (``off_steps=reuse``).
     """
 
     step: int
@@ -58,11 +64,13 @@ class StepRecord:
     skipped: bool
     skipped_steps: int
     retention_loss: float | None = None
+    lam_before: float | None = None
     lam: float | None = None
     epsilon: float | None = None
     conflict: bool | None = None
     dot: float | None = None
     cos: float | None = None
+    reused: bool = False
 
     def line(self, last_measured: StepRecord | None = None) -> str:
         """The log line.
@@ -83,38 +91,29 @@ class StepRecord:
         shown = self if self.retention_loss is not None else last_measured
         if shown is not None:
             parts += [f"L_ret={_number(shown.retention_loss)}", f"λ={shown.lam:.3f}", f"ε={shown.epsilon:.3f}"]
-            if shown.conflict:
+        # A step that reused a gradient has a projection and a cosine of its own; only its L_ret is an older one.
+        gradients = self if self.reused else shown
+        if gradients is not None:
+            if gradients.conflict:
                 parts.append(f"conflict={_MARK}")
-            parts += [f"dot={_number(shown.dot)}", f"cos={_number(shown.cos)}"]
-            if shown is not self:
-                parts.append(f"stale={self.step - shown.step}")
+            parts += [f"dot={_number(gradients.dot)}", f"cos={_number(gradients.cos)}"]
+        if self.reused:
+            parts.append(f"reused={_MARK}")
+        if shown is not None and shown is not self:
+            parts.append(f"stale={self.step - shown.step}")
         if self.skipped:
             parts.append(f"skipped={_MARK}")
         return " | ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Values for the metrics file; retention fields only where there was retention, no NaN (JSON has none)."""
-        values: dict[str, Any] = {
-            "step": self.step,
-            "loss": self.loss,
-            "grad_norm": self.grad_norm,
-            "lr": self.lr,
-            "update_s": self.update_s,
-            "data_s": self.data_s,
-            "mode": self.mode,
-            "skipped": self.skipped,
-            "skipped_steps": self.skipped_steps,
-        }
-        if self.retention_loss is not None:
-            values |= {
-                "retention_loss": self.retention_loss,
-                "lambda": self.lam,
-                "epsilon": self.epsilon,
-                "conflict": self.conflict,
-                "dot": self.dot,
-                "cos": self.cos,
-            }
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        """Values for the metrics file: no field that is None, and null for NaN, which JSON has not."""
+        values = asdict(self)
+        values["lambda_before"], values["lambda"] = values.pop("lam_before"), values.pop("lam")
+        del values["steps"]
+        if not self.reused:
+            del values["reused"]
+        present = {key: value for key, value in values.items() if value is not None}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in present.items()}
 
 
 def read_steps(results: Sequence[StepResult], steps: int, mode: str) -> list[StepRecord]:
@@ -126,17 +125,16 @@ def read_steps(results: Sequence[StepResult], steps: int, mode: str) -> list[Ste
     ).tolist()
     records = []
     for result, row in zip(results, rows, strict=True):
-        loss, grad_norm, skipped, skipped_steps, retention_loss, lam, epsilon, conflict, dot, cos = row
-        measured: dict[str, Any] = {}
+        loss, grad_norm, skipped, skipped_steps, retention_loss, lam_before, lam, epsilon, conflict, dot, cos = row
+        known: dict[str, Any] = {}
+        if result.retains:
+            known = {"lam_before": lam_before, "lam": lam, "epsilon": epsilon}
         if result.measured:
-            measured = {
-                "retention_loss": retention_loss,
-                "lam": lam,
-                "epsilon": epsilon,
-                "conflict": bool(conflict),
-                "dot": dot,
-                "cos": cos,
-            }
+            known["retention_loss"] = retention_loss
+        # The optimizer gives no dot product where a step had no retention gradient.
+        reused = result.retains and not result.measured and not math.isnan(dot)
+        if result.measured or reused:
+            known |= {"conflict": bool(conflict), "dot": dot, "cos": cos, "reused": reused}
         records.append(
             StepRecord(
                 step=result.step,
@@ -149,7 +147,7 @@ def read_steps(results: Sequence[StepResult], steps: int, mode: str) -> list[Ste
                 mode=mode,
                 skipped=bool(skipped),
                 skipped_steps=int(skipped_steps),
-                **measured,
+                **known,
             )
         )
     return records
@@ -199,23 +197,34 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def cache_lines(cache: AnchorCache, craft: CraftConfig) -> list[str]:
+def cache_lines(term: Retention | None, craft: CraftConfig) -> list[str]:
     """What the run draws its anchors from."""
-    manifest = cache.manifest
-    return [
-        f"AnchorCache directory: {cache.folder}",
-        f"AnchorCache batch size: {craft.anchor_batch_size}",
-        f"AnchorCache K: {craft.retention_freq} (retention at steps 0, K, 2K, ...)",
-        f"AnchorCache samples: {len(cache)}",
-        f"AnchorCache features: {manifest.pooling}, layers {', '.join(map(str, manifest.layers))} of {manifest.depth}",
-    ]
+    lines: list[str] = []
+    terms = term.terms if term is not None else []
+    for k, cache in enumerate(part.cache for part in terms):
+        manifest = cache.manifest
+        lines += [
+            f"AnchorCache directory: {cache.folder}",
+            f"AnchorCache batch size: {craft.anchor_batch_size}",
+            f"AnchorCache K: {craft.retention_freq} (retention at steps 0, K, 2K, ...)",
+            f"AnchorCache samples: {len(cache)}",
+        ]
+        if manifest.kind == "hidden":
+            layers = ", ".join(map(str, manifest.layers))
+            lines.append(f"AnchorCache features: {manifest.pooling}, layers {layers} of {manifest.depth}")
+        else:
+            probabilities = f"top {manifest.top_k} probabilities" if manifest.top_k else "no probabilities"
+            lines.append(f"AnchorCache tokens: {manifest.token_source}, {probabilities}")
+        if term is not None and len(terms) > 1:
+            lines.append(f"AnchorCache weight: {term.weights[k]:.3f} ({term.counts[k]} anchors of every batch)")
+    return lines
 
 
 def banner_lines(craft: CraftConfig) -> list[str]:
     """The settings of the method."""
     if not craft.enabled:
         return ["CRaFT enabled: False", "Retention Mode: none"]
-    return [
+    lines = [
         "CRaFT enabled: True",
         f"Retention Mode: {craft.retention_mode}",
         f"initial λ: {float(craft.initial_lambda)}",
@@ -227,6 +236,16 @@ def banner_lines(craft: CraftConfig) -> list[str]:
         f"conflict threshold: {float(craft.conflict_threshold)}",
         f"merge mode: {craft.projection_mode}",
     ]
+    # What follows is told where it departs from the defaults, or means something in this mode.
+    if craft.retention_mode == "token_ce":
+        lines.append(f"token loss: {craft.token_loss}")
+    if craft.off_steps == "reuse":
+        lines.append(f"between retention steps: reuse, decay {float(craft.reuse_decay)}")
+    if craft.lambda_controller == "nupi":
+        lines.append(f"λ controller: nupi, kp {float(craft.nupi_kp)}, ν {float(craft.nupi_nu)}")
+    if craft.retention_ema:
+        lines.append(f"running average of L_ret: decay {float(craft.retention_ema)}")
+    return lines
 
 
 def _device_values(result: StepResult) -> tuple[torch.Tensor, ...]:
@@ -236,6 +255,7 @@ def _device_values(result: StepResult) -> tuple[torch.Tensor, ...]:
         m.skipped,
         m.skipped_steps,
         m.retention_loss,
+        m.lam_before,
         m.lam_after,
         m.epsilon,
         m.conflict,

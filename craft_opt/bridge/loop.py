@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +50,11 @@ from craft_opt.bridge.logs import (
 from craft_opt.bridge.policies import check_widths, load_policy, make_processors, precision_context
 from craft_opt.bridge.retention_term import (
     ExpectedFeatures,
-    HiddenRetention,
+    Retention,
     check_cache_fits,
     check_drift,
-    open_cache,
+    digests_of,
+    open_caches,
 )
 from craft_opt.bridge.step import StepResult, Trained, train_step
 
@@ -92,6 +95,7 @@ class Run:
         eval_dataset: Held-out episodes, if any.
         preprocessor: Of the policy.
         postprocessor: Of the policy.
+        samples: The dataset as the steps read it, decoded in memory where it fits.
         start: Steps done before (resume).
     """
 
@@ -101,13 +105,14 @@ class Run:
     eval_dataset: LeRobotDataset | None
     preprocessor: PolicyProcessorPipeline
     postprocessor: PolicyProcessorPipeline
+    samples: Any
     start: int
 
     @property
-    def term(self) -> HiddenRetention | None:
+    def term(self) -> Retention | None:
         """The retention term, as what it is."""
         term = self.parts.term
-        assert term is None or isinstance(term, HiddenRetention)
+        assert term is None or isinstance(term, Retention)
         return term
 
 
@@ -143,7 +148,7 @@ def prepare(cfg: CraftTrainConfig) -> Run:
     _refuse_processes()
     cfg.validate()
     _check_retention(cfg)
-    cache = open_cache(cfg.craft) if cfg.craft.enabled else None
+    caches = open_caches(cfg.craft) if cfg.craft.enabled else []
     assert cfg.policy is not None and cfg.output_dir is not None
     if cfg.resume:
         _check_resumable(cfg)
@@ -158,7 +163,7 @@ def prepare(cfg: CraftTrainConfig) -> Run:
     stats, whose = _statistics(cfg, dataset)
     preprocessor, postprocessor = make_processors(cfg.policy, stats=stats, rename_map=cfg.rename_map)
     check_widths(preprocessor, dataset.meta, cfg.rename_map)
-    if cache is not None:
+    for cache in caches:
         check_cache_fits(
             cache,
             policy,
@@ -169,32 +174,74 @@ def prepare(cfg: CraftTrainConfig) -> Run:
         )
     if cfg.peft is not None and not cfg.policy.use_peft:
         policy = policy.wrap_with_peft(peft_cli_overrides=asdict(cfg.peft))
-    optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
     seed = cfg.seed if cfg.seed is not None else 0
-    term = HiddenRetention(cache, preprocessor, cfg.craft, seed) if cache is not None else None
-
-    for line in (*(cache_lines(cache, cfg.craft) if cache is not None else ()), *banner_lines(cfg.craft)):
-        say(line)
-    say(f"Normalisation statistics: {whose}")
-    start = 0
-    if cfg.resume:
-        start, position = checkpoint.restore(cfg, optimizer, scheduler, cache.manifest.digest if cache else "")
-        if term is not None:
-            term.order.position = position
-        say(f"Resumed from {cfg.checkpoint_path} after step {start}")
-    elif term is not None:
+    term = Retention(caches, preprocessor, cfg.craft, seed) if caches else None
+    drift: float | None = None
+    if term is not None and not cfg.resume:
         with precision_context(cfg.policy):
             drift = check_drift(term, policy, cfg.policy)
+    samples = dataset if cfg.dataset.streaming else in_memory(dataset)
+
+    def run_with(term: Retention | None, start: int) -> Run:
+        optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
+        parts = Trained(policy, optimizer, scheduler, term)
+        return Run(cfg, parts, dataset, eval_dataset, preprocessor, postprocessor, samples, start)
+
+    if term is not None and cfg.craft.epsilon == "auto" and not cfg.resume:
+        cfg.set_epsilon(*_epsilon_of_naive_run(run_with(None, 0), term))
+        gc.collect()  # the naive run's optimizer: its hooks on the parameters go with it, and it lies in cycles
+    for line in (*cache_lines(term, cfg.craft), *banner_lines(cfg.craft)):
+        say(line)
+    say(f"Normalisation statistics: {whose}")
+    if drift is not None:
         say(f"Drift before step 0: {drift:.1e}")
-    return Run(
-        cfg=cfg,
-        parts=Trained(policy, optimizer, scheduler, term),
-        dataset=dataset,
-        eval_dataset=eval_dataset,
-        preprocessor=preprocessor,
-        postprocessor=postprocessor,
-        start=start,
-    )
+    run = run_with(term, 0)
+    if not cfg.resume:
+        return run
+    start, positions = checkpoint.restore(cfg, run.parts.optimizer, run.parts.scheduler, digests_of(caches))
+    if term is not None:
+        term.positions = positions
+    say(f"Resumed from {cfg.checkpoint_path} after step {start}")
+    return replace(run, start=start)
+
+
+def _epsilon_of_naive_run(run: Run, term: Retention) -> tuple[float, float]:
+    """ε at the start and at the end: fractions of what a short run without retention drifts.
+
+    The naive run takes the batches, the starting policy and the optimizer of the run to come, and leaves no trace:
+    parameters, buffers, generators and the order of samples are afterwards what they were, bit for bit. In memory it
+    needs a copy of what trains, on the CPU, and for its time an optimizer of its own.
+
+    Raises:
+        ValueError: It did not drift, so that there is nothing to take a fraction of.
+    """
+    cfg, parts = run.cfg, run.parts
+    steps, fraction = cfg.craft.epsilon_auto_steps, cfg.craft.epsilon_auto_fraction
+    assert cfg.policy is not None
+    say(f"ε auto: measuring the drift of a naive run of {steps} steps")
+    policy, precision = parts.policy, precision_context(cfg.policy)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    kept = [tensor.detach().to("cpu", copy=True) for tensor in (*trained, *policy.buffers())]
+    was_training = policy.training
+    with _randomness_kept():
+        batches = _task_batches(run)
+        for step in tqdm(range(1, steps + 1), desc="Naive run for ε", unit="step", disable=None):
+            train_step(parts, _processed(run, batches), precision, step=step, data_s=0.0)
+        with precision:
+            drift = term.mean_loss(policy)
+    with torch.no_grad():
+        for tensor, before in zip((*trained, *policy.buffers()), kept, strict=True):
+            tensor.copy_(before)
+    policy.train(was_training)
+    if not drift > 0 or not math.isfinite(drift):
+        raise ValueError(
+            f"craft.epsilon=auto: a naive run of {steps} steps drifted by {drift:.2e}, so there is nothing to take a "
+            f"fraction of; pass a larger --craft.epsilon_auto_steps, or --craft.epsilon=schedule with "
+            f"--craft.epsilon_start and --craft.epsilon_end"
+        )
+    start, end = 2 * fraction * drift, fraction * drift
+    say(f"ε auto: it drifted by {drift:.4g}; ε from {start:.4g} to {end:.4g} ({fraction:g} of the drift at the end)")
+    return start, end
 
 
 def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, progress: bool = True) -> TrainSummary:
@@ -216,8 +263,8 @@ def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, 
     try:
         for step in range(run.start + 1, cfg.steps + 1):
             fetched = time.perf_counter()
-            batch = run.preprocessor(next(batches))
-            result = train_step(parts, batch, precision, step=step, data_s=time.perf_counter() - fetched)
+            processed = _processed(run, batches)
+            result = train_step(parts, processed, precision, step=step, data_s=time.perf_counter() - fetched)
             journal.add(result)
             bar.update(1)
             is_saving = cfg.save_checkpoint and should_save_checkpoint(step, cfg.save_freq, cfg.steps)
@@ -301,8 +348,6 @@ def _check_retention(cfg: CraftTrainConfig) -> None:
     craft = cfg.craft
     if not craft.enabled:
         return
-    if craft.retention_mode == "token_ce":
-        raise ValueError("craft.retention_mode=token_ce is not built yet; use --retention-mode hidden, or none")
     assert cfg.policy is not None
     if not cfg.policy.pretrained_path:
         raise ValueError(
@@ -368,7 +413,7 @@ def _task_batches(run: Run) -> Iterator[dict[str, Any]]:
     """Endless task batches in an order that is a pure function of seed and step."""
     cfg, dataset = run.cfg, run.dataset
     seed = cfg.seed if cfg.seed is not None else 0
-    kept: Any = dataset if cfg.dataset.streaming else in_memory(dataset)
+    kept = run.samples
     # From memory a sample takes microseconds; starting a worker process takes ten seconds.
     workers = 0 if isinstance(kept, InMemoryDataset) else cfg.num_workers
     sampler = None
@@ -382,7 +427,8 @@ def _task_batches(run: Run) -> Iterator[dict[str, Any]]:
             seed=seed,
             absolute_to_relative_idx=dataset.absolute_to_relative_idx,
         )
-        sampler.load_state_dict(compute_sampler_state(run.start, len(sampler), cfg.batch_size, 1))
+        drawn = run.start * cfg.gradient_accumulation_steps
+        sampler.load_state_dict(compute_sampler_state(drawn, len(sampler), cfg.batch_size, 1))
     # A generator of its own: a loader draws a seed at every epoch, and from the global generator that draw would make
     # a resumed run differ from an uninterrupted one.
     generator = torch.Generator()
@@ -406,6 +452,11 @@ def _task_batches(run: Run) -> Iterator[dict[str, Any]]:
         epoch += 1
 
 
+def _processed(run: Run, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The micro-batches of a step, through the preprocessor."""
+    return [run.preprocessor(next(batches)) for _ in range(run.cfg.gradient_accumulation_steps)]
+
+
 def _as_floats(batch: dict[str, Any], dataset: LeRobotDataset) -> dict[str, Any]:
     for key in dataset.meta.camera_keys:
         if key in batch and batch[key].dtype == torch.uint8:
@@ -422,8 +473,8 @@ def _save(run: Run, step: int) -> Path:
         run.parts.optimizer,
         run.parts.scheduler,
         (run.preprocessor, run.postprocessor),
-        anchor_position=term.order.position if term is not None else 0,
-        cache_digest=term.cache.manifest.digest if term is not None else "",
+        anchor_positions=term.positions if term is not None else (),
+        cache_digests=term.digests if term is not None else (),
     )
     say(f"Checkpoint: {folder}")
     if run.cfg.save_checkpoint_to_hub:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,12 +28,13 @@ class StepResult:
 
     Attributes:
         step: Number of the step, counted from 1.
-        loss: Task loss, shape ().
+        loss: Task loss, shape (); the mean over the micro-batches.
         metrics: The optimizer's metrics.
-        measured: Whether the step had retention.
+        measured: Whether the step measured L_ret.
         lr: Learning rate that it used.
         data_s: Seconds spent on the task batch.
         update_s: Seconds of the update.
+        retains: Whether the run has retention at all.
     """
 
     step: int
@@ -43,6 +44,7 @@ class StepResult:
     lr: float
     data_s: float
     update_s: float
+    retains: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,20 @@ class Trained:
 
 def train_step(
     parts: Trained,
-    batch: Mapping[str, Any],
+    batches: Sequence[Mapping[str, Any]],
     precision: AbstractContextManager[Any],
     *,
     step: int,
     data_s: float,
 ) -> StepResult:
-    """Do one step on a processed task batch.
+    """Do one step on processed task batches.
 
     Args:
         parts: Policy, optimizer, scheduler and retention.
-        batch: The task batch, as the preprocessor gives it.
+        batches: The micro-batches of this step, as the preprocessor gives them; their gradients are averaged.
         precision: A reusable autocast context for the forwards.
         step: Number of this step, counted from 1.
-        data_s: Seconds that the batch took.
+        data_s: Seconds that the batches took.
     """
     started = time.perf_counter()
     policy, optimizer = parts.policy, parts.optimizer
@@ -89,10 +91,13 @@ def train_step(
             retention_loss = parts.term.loss(policy)
         with optimizer.retention(retention_loss):
             retention_loss.backward()
-    with precision:
-        # The call, not .forward: wrappers (PEFT) act on the call.
-        loss, _ = policy(batch)
-    loss.backward()
+    losses = []
+    for batch in batches:
+        with precision:
+            # The call, not .forward: wrappers (PEFT) act on the call.
+            loss, _ = policy(batch)
+        (loss / len(batches)).backward()
+        losses.append(loss.detach().to(torch.float32))
     optimizer.step()
     optimizer.zero_grad()
     if parts.scheduler is not None:
@@ -101,9 +106,10 @@ def train_step(
         update()  # policies with running averages of their own, as in LeRobot's loop
     return StepResult(
         step=step,
-        loss=loss.detach().to(torch.float32),
+        loss=torch.stack(losses).mean(),
         metrics=optimizer.metrics(),
         measured=measured,
+        retains=parts.term is not None,
         lr=lr,
         data_s=data_s,
         update_s=time.perf_counter() - started,

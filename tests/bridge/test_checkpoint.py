@@ -104,7 +104,7 @@ def test_the_checkpoint_holds_what_craft_needs(uninterrupted):
     state = CraftState.read(uninterrupted / "checkpoints/000004/training_state/craft_state.safetensors")
     records = metrics_of(uninterrupted)
     assert state.lam == records[2]["lambda"], "the last retention step is the third"
-    assert (state.t, state.skipped, state.anchor_position) == (4, 0, 8)
+    assert (state.t, state.skipped, state.anchor_positions, state.accumulated) == (4, 0, (8,), 1)
     assert state.normalization_stats == "teacher"
 
 

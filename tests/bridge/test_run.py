@@ -79,8 +79,11 @@ def test_a_dry_run_from_the_command_line(world, tmp_path, capsys):
     records = metrics_of(output)
     assert [record["step"] for record in records] == [1, 2, 3]
     common = {"step", "loss", "grad_norm", "lr", "update_s", "data_s", "mode", "skipped", "skipped_steps"}
-    retention = {"retention_loss", "lambda", "epsilon", "conflict", "dot", "cos"}
+    common |= {"lambda_before", "lambda", "epsilon"}  # the history of λ has no gaps
+    retention = {"retention_loss", "conflict", "dot", "cos"}
     assert [set(record) for record in records] == [common | retention, common, common | retention]
+    assert [record["lambda_before"] for record in records[1:]] == [record["lambda"] for record in records[:-1]]
+    assert [record["epsilon"] for record in records] == pytest.approx([1.0, 5 / 6, 4 / 6])
     assert not (output / "checkpoints").exists()
 
 
@@ -130,6 +133,7 @@ def test_retention_none_is_the_same_loop_without_the_term(world, tmp_path, capsy
     assert "CRaFT enabled: False" in shown
     assert "Retention Mode: none" in shown
     assert all(record.mode == "none" and record.retention_loss is None for record in seen)
+    assert all(record.lam is None and record.epsilon is None for record in seen)
     # λ = 0 with the projection off is the same training: L_ret is measured and has no say.
     free = {"initial_lambda": 0.0, "lambda_lr": 0.0, "use_grad_projection": False}
     other = []

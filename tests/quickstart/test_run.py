@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from craft_opt import CraftConfig
 from craft_opt.bridge import cli
+from craft_opt.bridge.anchor_cache import AnchorCache
 from craft_opt.bridge.checkpoint import latest_checkpoint
 from craft_opt.bridge.quickstart.run import DRY_RUN, Quickstart, run_quickstart
 from craft_opt.bridge.quickstart.settings import QuickstartSettings
@@ -264,10 +265,21 @@ def test_a_folder_is_gone_on_with_only_by_the_same_settings(tmp_path):
     assert folder().name == "hidden-seed0-004"
 
 
-def test_token_ce_is_refused(tmp_path, capsys):
-    assert cli.main(["--retention-mode", "token_ce", f"--output_dir={tmp_path / 'out'}"]) == 2
-    assert "retention mode token_ce is not built yet; use --retention-mode hidden, or none" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_token_ce_runs_from_a_cache_of_its_own(hidden):
+    """The third command, into the folder of the first: the teacher is taken, the anchors are tokens."""
+    output, _ = hidden
+    log = in_process(output, "token_ce")
+    assert "Retention Mode: token_ce" in log
+    assert "token loss: kl" in log
+    assert "AnchorCache tokens: teacher, top 8 probabilities" in log
+    assert {"anchors", "anchors-tokens"} <= set(kept(output))
+    folder = output / "token_ce-seed0-001"
+    steps = metrics_of(folder)
+    assert steps[0]["retention_loss"] == pytest.approx(0, abs=1e-6), "the student is the teacher"
+    assert steps[2]["retention_loss"] > 1e-6, "and no longer after two steps"
+    assert json.loads((folder / "result.json").read_text())["mode"] == "token_ce"
+    manifest = AnchorCache.open(kept(output)["anchors-tokens"]).manifest
+    assert (manifest.kind, manifest.top_k, manifest.token_source) == ("token_ce", 8, "teacher")
 
 
 def test_a_batch_of_more_anchors_than_there_are_is_refused(tmp_path, capsys):

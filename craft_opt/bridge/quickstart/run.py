@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from craft_opt import CraftConfig
-from craft_opt.bridge.anchor_cache import write_atomically
+from craft_opt.bridge.anchor_cache import VERSION, write_atomically
 from craft_opt.bridge.anchors import AnchorSource, build_cache
 from craft_opt.bridge.checkpoint import latest_checkpoint
 from craft_opt.bridge.config import fine_tune_config, resume_config
@@ -75,7 +75,7 @@ def run_quickstart(
     """Run the quickstart and print its table.
 
     Args:
-        retention_mode: ``hidden`` or ``none``.
+        retention_mode: ``hidden``, ``token_ce`` or ``none``.
         craft_overrides: Settings of the method that the command line gave.
         seed: Seed of everything; None takes 0.
         output_dir: Folder of all that is written; None takes ``outputs/quickstart``.
@@ -111,18 +111,41 @@ def run_quickstart(
     return 0
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What every run of a seed starts from.
+
+    Attributes:
+        old: Dataset of the old skills.
+        new: Dataset of the new skill.
+        held_out: Dataset that is measured on.
+        teacher: The policy.
+        before: What it can do.
+    """
+
+    old: Path
+    new: Path
+    held_out: Path
+    teacher: Path
+    before: list[SkillScore]
+
+
 class Quickstart:
     """One run of the quickstart, stage by stage.
 
     Args:
         settings: Sizes.
         craft: Settings of the method.
-        mode: ``hidden`` or ``none``, for names and titles.
+        mode: ``hidden``, ``token_ce`` or ``none``, for titles.
         output: Folder of all that is written.
+        name: First part of the name of the run's folder; empty takes the mode.
     """
 
-    def __init__(self, settings: QuickstartSettings, craft: CraftConfig, mode: str, output: Path) -> None:
+    def __init__(
+        self, settings: QuickstartSettings, craft: CraftConfig, mode: str, output: Path, name: str = ""
+    ) -> None:
         self.settings, self.craft, self.mode, self.output = settings, craft, mode, output
+        self.name = name or mode
         self.kept = Kept(output / "kept")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.seconds: dict[str, float] = {}
@@ -134,6 +157,18 @@ class Quickstart:
         settings = self.settings
         old, new = (", ".join(skill.name for skill in skills) for skills in (settings.old, settings.new))
         say(f"Quickstart: keep {old} while learning {new}; retention {self.mode}; everything in {self.output}/")
+        made = self.prepare()
+        folder = self._run_folder()
+        rollouts = f"{settings.rollouts} episodes of each skill"
+        policy = self._stage(6, f"Fine-tuning on {new}", lambda: self._fine_tune(folder, made))
+        after = self._stage(7, f"Measuring the result ({rollouts})", lambda: self._measure(policy, made.held_out))
+        self._report(folder, made.before, after, time.perf_counter() - began)
+        return folder
+
+    def prepare(self) -> Prepared:
+        """Make what every run of this seed starts from, or take what is kept."""
+        settings = self.settings
+        old, new = (", ".join(skill.name for skill in skills) for skills in (settings.old, settings.new))
         old_data = self._stage(1, f"Demonstrations of the old skills ({old})", self._old_demonstrations)
         new_data = self._stage(2, f"Demonstrations of the new skill ({new})", self._new_demonstrations)
         held_out = self._stage(3, "Demonstrations held out for measuring", self._held_out_demonstrations)
@@ -141,11 +176,7 @@ class Quickstart:
         teacher = self._stage(4, f"Teacher: pre-training on {old}", lambda: self._teacher(old_data))
         rollouts = f"{settings.rollouts} episodes of each skill"
         before = self._stage(5, f"Measuring the teacher ({rollouts})", lambda: self._before(teacher, held_out))
-        folder = self._run_folder()
-        policy = self._stage(6, f"Fine-tuning on {new}", lambda: self._fine_tune(folder, teacher, old_data, new_data))
-        after = self._stage(7, f"Measuring the result ({rollouts})", lambda: self._measure(policy, held_out))
-        self._report(folder, before, after, time.perf_counter() - began)
-        return folder
+        return Prepared(old_data, new_data, held_out, teacher, before)
 
     def _stage[T](self, number: int, what: str, work: Callable[[], T]) -> T:
         began = time.perf_counter()
@@ -207,20 +238,41 @@ class Quickstart:
     def _rollout_seed(self) -> int:
         return ROLLOUT_SEED + self.settings.first_seed(0)
 
-    def _anchors(self, teacher: Path, data: Path) -> Path:
-        settings = self.settings
+    def anchors(self, made: Prepared) -> Path:
+        """Build the anchor cache of these settings, or take the kept one."""
+        settings, kind = self.settings, self.craft.retention_mode
+        what: dict[str, Any] = {"kind": kind, "normalization_stats": settings.normalization_stats}
+        if kind == "hidden":
+            what["pooling"] = settings.pooling
+        else:
+            # What the teacher itself would do: its own tokens, and how sure it was of them.
+            what |= {"top_k": settings.top_k, "token_source": "teacher"}
         count = settings.anchors * len(settings.old)
-        folder = self.kept.path("anchors", teacher=teacher.name, data=data.name, count=count, seed=settings.seed)
+        folder = self.kept.path(
+            "anchors" if kind == "hidden" else "anchors-tokens",
+            teacher=made.teacher.name,
+            data=[made.old.name, made.new.name if settings.normalization_stats == "dataset" else ""],
+            count=count,
+            seed=settings.seed,
+            version=VERSION,
+            what=what,
+        )
         build_cache(
-            folder, teacher, [AnchorSource(OLD_REPO, data)], num_samples=count, seed=settings.seed,
+            folder,
+            made.teacher,
+            [AnchorSource(OLD_REPO, made.old)],
+            num_samples=count,
+            seed=settings.seed,
+            stats_source=AnchorSource(NEW_REPO, made.new) if settings.normalization_stats == "dataset" else None,
             policy_overrides=[f"--device={self.device}"],
-        )  # fmt: skip
+            **what,
+        )
         return folder
 
-    def _fine_tune(self, folder: Path, teacher: Path, old_data: Path, new_data: Path) -> Path:
+    def _fine_tune(self, folder: Path, made: Prepared) -> Path:
         settings, craft = self.settings, self.craft
         if craft.enabled:
-            craft = replace(craft, anchor_cache_dir=str(self._anchors(teacher, old_data)))
+            craft = replace(craft, anchor_cache_dir=str(self.anchors(made)))
         training = folder / "training"
         checkpoint = latest_checkpoint(training)
         if checkpoint is not None and int(checkpoint.name) >= settings.steps:
@@ -231,9 +283,9 @@ class Quickstart:
         else:
             shutil.rmtree(training, ignore_errors=True)
             cfg = fine_tune_config(
-                teacher,
+                made.teacher,
                 NEW_REPO,
-                new_data,
+                made.new,
                 training,
                 craft=craft,
                 device=self.device,
@@ -243,6 +295,7 @@ class Quickstart:
                 seed=settings.seed,
                 log_freq=max(1, settings.steps // 20),
                 save_freq=max(1, settings.steps // 4),
+                normalization_stats=settings.normalization_stats,
             )
         finished = train(cfg).checkpoint
         assert finished is not None, "the fine-tuning saves its last step"
@@ -253,21 +306,30 @@ class Quickstart:
             say(f"  kept from an earlier run: {path}")
         return path.exists()
 
+    def finished(self) -> Path | None:
+        """The folder of a finished run of these very settings, None without one."""
+        return next((f for f in self._folders_of_these_settings() if (f / RESULT_FILE).exists()), None)
+
+    def _folders_of_these_settings(self) -> list[Path]:
+        folders = sorted(self.output.glob(f"{self.name}-seed{self.settings.seed}-*"))
+        return [f for f in folders if (f / SETTINGS_FILE).is_file() and (f / SETTINGS_FILE).read_text() == self._text]
+
+    @property
+    def _text(self) -> str:
+        settings = {"settings": asdict(self.settings), "craft": asdict(self.craft), "device": self.device}
+        return json.dumps(settings, indent=2, sort_keys=True)
+
     def _run_folder(self) -> Path:
         """The unfinished run of these very settings, or a new folder: a finished run is never written over."""
-        settings = {"settings": asdict(self.settings), "craft": asdict(self.craft), "device": self.device}
-        text = json.dumps(settings, indent=2, sort_keys=True)
+        for folder in self._folders_of_these_settings():
+            if not (folder / RESULT_FILE).exists():
+                return folder
         number = 1
-        while True:
-            folder = self.output / f"{self.mode}-seed{self.settings.seed}-{number:03d}"
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                write_atomically(folder / SETTINGS_FILE, text)
-                return folder
-            same = (folder / SETTINGS_FILE).is_file() and (folder / SETTINGS_FILE).read_text() == text
-            if same and not (folder / RESULT_FILE).exists():
-                return folder
+        while (folder := self.output / f"{self.name}-seed{self.settings.seed}-{number:03d}").exists():
             number += 1
+        folder.mkdir(parents=True)
+        write_atomically(folder / SETTINGS_FILE, self._text)
+        return folder
 
     def _report(self, folder: Path, before: list[SkillScore], after: list[SkillScore], seconds: float) -> None:
         old = len(self.settings.old)

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
+from craft_opt.bridge.features import DEFAULT_POOLING
 from craft_opt.bridge.quickstart.configuration_pi0_fast_tiny import PI0FastTinyConfig
 from craft_opt.bridge.quickstart.simulation import (
     FPS,
@@ -43,6 +44,9 @@ class QuickstartSettings:
         batch_size: Samples a step, in both.
         anchors: Anchors of each old skill.
         rollouts: Closed-loop episodes of each skill, before and after.
+        pooling: Where ``hidden`` takes its features.
+        top_k: The teacher's most probable tokens that ``token_ce`` keeps at each position.
+        normalization_stats: ``teacher`` or ``dataset``: whose statistics the fine-tuning takes.
     """
 
     seed: int = 0
@@ -55,6 +59,9 @@ class QuickstartSettings:
     batch_size: int = 32
     anchors: int = 200
     rollouts: int = 20
+    pooling: str = DEFAULT_POOLING
+    top_k: int = 8
+    normalization_stats: str = "teacher"
     old: tuple[Skill, ...] = OLD_SKILLS
     new: tuple[Skill, ...] = NEW_SKILLS
 
