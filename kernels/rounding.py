@@ -16,12 +16,13 @@ Sources: the hash is lowbias32 of Chris Wellons' hash prospector (public domain)
 Gupta et al. 2015 (arXiv 1502.02551), section 3.
 """
 
+from collections.abc import Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "RoundingScratch", "mix32", "rounding_key", "stochastic_round_"]
+__all__ = ["CHUNK", "RoundingScratch", "mix32", "rounding_key", "rounding_keys", "stochastic_round_"]
 
 # Elements at a time: three vectors of this length stay in a core's L2 cache through a dozen passes.
 CHUNK = 1 << 15
@@ -86,6 +87,12 @@ def rounding_key(seed: int, stream: int, t: int | Tensor) -> int | Tensor:
     if isinstance(t, Tensor):
         return mix32(t.to(torch.int64).to(torch.int32) ^ _signed(owner))
     return mix32(owner ^ (t & 0xFFFFFFFF))
+
+
+def rounding_keys(seed: int, streams: Sequence[int], t: int) -> Tensor:
+    """Return the keys of many parameters at once: :func:`rounding_key` of each, int32 ``[len(streams)]`` on the CPU."""
+    owners = mix32(torch.tensor([_signed(mix32(seed) ^ stream) for stream in streams], dtype=torch.int32, device="cpu"))
+    return mix32(owners ^ _signed(t))
 
 
 class RoundingScratch:

@@ -27,6 +27,7 @@ Sources: gradient surgery, Yu et al. 2020 (arXiv 2001.06782), algorithm 1; AdamW
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,9 +46,11 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # Elements of a piece: small enough to share out 1 M parameters, large enough that a piece's call is nothing, and two
 # fp32 gradients of it (512 KiB) fit a second-level cache.
 PIECE = 1 << 16
-# Below this many elements a second thread costs more to wake than it does (2 cores: 0.11 ms against 0.13 at 1 M for the
-# reduction, 0.29 against 0.16 for the update).
-ALONE_GRAM, ALONE_UPDATE = 3 << 19, 1 << 18
+# Below this many elements a second thread is not worth its waking, least of all while torch's own threads still spin
+# after the backward pass (a whole step at 1 M, two cores: 1.8 ms with it, 0.8 to 1.1 without).
+ALONE = 1 << 21
+# Ranges of pieces a thread: whoever is done takes the next, so a core that is busy elsewhere holds nobody up.
+RANGES = 8
 
 # Columns of the table of segments: addresses (0 where there is none), code of the dtype, group, rounding key.
 P, M, V, V_MAX, TASK, RET, DTYPE, GROUP, KEY, TABLE_COLUMNS = range(10)
@@ -342,7 +345,7 @@ class CpuPlan:
     def gram(self) -> tuple[float, float, float]:
         """Return tt, tr, rr of the gradients in the table; an absent one (address 0) counts as zeros."""
         arguments = (self.table, self._pieces)
-        self._share_out(ALONE_GRAM, lambda first, last: _gram(*arguments, first, last, self._partials))
+        self._share_out(lambda first, last: _gram(*arguments, first, last, self._partials))
         tt, tr, rr = self._partials.sum(axis=0).tolist()
         return tt, tr, rr
 
@@ -358,16 +361,26 @@ class CpuPlan:
         """
         rows = np.array(groups, dtype=np.float64).reshape(-1, GROUP_COLUMNS)
         arguments = (self.table, rows, steps.numpy(), self._pieces)
-        self._share_out(ALONE_UPDATE, lambda first, last: _update(*arguments, first, last, a, b, stochastic))
+        self._share_out(lambda first, last: _update(*arguments, first, last, a, b, stochastic))
 
-    def _share_out(self, alone: int, work: Callable[[int, int], None]) -> None:
-        """Run ``work`` on ranges of pieces of equal size, one a thread, the last one on this thread."""
+    def _share_out(self, work: Callable[[int, int], None]) -> None:
+        """Run ``work`` on ranges of pieces, on this thread and as many others as torch would use."""
         total = int(self._ends[-1]) if len(self._ends) else 0
-        threads = torch.get_num_threads() if total > alone else 1
-        cuts = [0, *(int(np.searchsorted(self._ends, total * k // threads)) for k in range(1, threads))]
-        cuts.append(len(self._pieces))
-        waiting = [_pool(threads - 1).submit(work, *cuts[k : k + 2]) for k in range(threads - 1)]
-        work(*cuts[-2:])
+        threads = torch.get_num_threads() if total > ALONE else 1
+        if threads == 1:
+            work(0, len(self._pieces))
+            return
+        parts = threads * RANGES
+        cuts = [0, *(int(np.searchsorted(self._ends, total * k // parts)) for k in range(1, parts)), len(self._pieces)]
+        # Last pieces first: the caches still hold the end of what the reduction read. next() is atomic.
+        ranges = iter([(first, last) for first, last in itertools.pairwise(cuts) if first < last][::-1])
+
+        def drain() -> None:
+            for first, last in ranges:
+                work(first, last)
+
+        waiting = [_pool(threads - 1).submit(drain) for _ in range(threads - 1)]
+        drain()
         for future in waiting:
             future.result()
 

@@ -111,7 +111,7 @@ def decide(gram: Sequence[Any], step_in: Sequence[Any], dual: Sequence[Any], rul
     finite = isfinite(tt) & isfinite(tr) & isfinite(rr) & (found_inf == 0) & (abs(ratio) <= FP32_MAX)
     if has_ret:
         finite = finite & isfinite(captured)
-    after = advance(Multiplier(lam, ema, xi), captured, epsilon, rule.config, finite & (measured > 0))
+    after = advance(Multiplier(lam, ema, xi), captured, epsilon, rule.config, finite & (measured > 0) & has_ret)
     clock, skipped = where(finite, clock + 1, clock), where(finite, skipped, skipped + 1)
     missing = tt * math.nan
     named = {

@@ -147,7 +147,8 @@ class DeviceLayout:
             grad = slot.param.grad
             if grad is not None:
                 check_grad(grad)
-                grad = grad.detach()
+                if grad.requires_grad:
+                    grad = grad.detach()
                 # The kernel walks a gradient and its parameter in the same order of memory.
                 if grad.stride() != slot.stride and not _same_order(grad, slot.stride):
                     grad = torch.empty_strided(slot.size, slot.stride, dtype=grad.dtype).copy_(grad)
@@ -197,6 +198,9 @@ class DeviceLayout:
     def drop_retention(self, *, keep: bool = False) -> None:
         """Forget the retention gradient (consumed by a step, or given up), or keep what was pending for reuse."""
         for slot in self.slots:
+            if self.in_place:
+                # A reference here would keep the caller's gradient alive beyond zero_grad().
+                slot.task_view = None
             slot.ret_kept = keep and slot.ret_present
             slot.ret_present = False
             if self.in_place and not slot.ret_kept:
