@@ -61,8 +61,8 @@ class LaunchConfig:
         vec_16bit: The same for bf16 and fp16 (8 = 128 bits). m and v then change their layout through shared memory
             on the way out; 4 would do without, at 64 bits an access. To be measured on a GPU.
         register_ceilings: Ceilings on a thread's registers, tried in this order until a variant does not spill. Under
-            64 a multiprocessor holds 4 programs (32 warps): all but AMSGrad, three dtypes at once and two variants with
-            two. Under 80 it holds 3, under 128 two.
+            64 a multiprocessor holds 4 programs (32 warps): all but AMSGrad, three dtypes at once, some variants with
+            two, and stochastic rounding on sm_80 and sm_100. Under 80 it holds 3, under 128 two.
     """
 
     num_warps: int = 8

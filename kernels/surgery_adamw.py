@@ -57,6 +57,7 @@ from craft_opt.kernels.layout import (
     SegmentSpec,
     SurgeryBuffers,
     SurgeryPlan,
+    is_capturing,
     pack_group,
     pack_settings,
     round_up,
@@ -955,6 +956,13 @@ def _fit(plan: SurgeryPlan, arguments: list[Any], constants: dict[str, Any]) -> 
     """
     key = tuple(constants.items())
     if key not in plan.fit:
+        if is_capturing():
+            named = ", ".join(f"{name}={value}" for name, value in constants.items())
+            raise RuntimeError(
+                f"this variant of the kernel has not been launched yet ({named}), and a CUDA graph is being captured, "
+                "during which nothing can be compiled and loaded: before the capture run one step of the same kind, "
+                "with or without retention as the graph will be"
+            )
         config = plan.config
         for ceiling in config.register_ceilings:
             options = launch_options(config, constants["PHASE"], ceiling)

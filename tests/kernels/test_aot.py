@@ -27,6 +27,9 @@ WATCHED = [
     Variant((BF16,), phase="apply"),
     Variant((F32,), has_ret=False),
     Variant((F32,), amsgrad=True, tails=True),
+    Variant((BF16,), controller="nupi"),
+    Variant((BF16,), rounding="stochastic"),
+    Variant((BF16, F32), controller="nupi", rounding="stochastic"),
 ]
 
 
@@ -40,8 +43,10 @@ def expected_widths(variant, dtype):
 
 def assert_report(report, variant):
     assert not report.spills, f"{report.stack_bytes} bytes of stack, {report.spill_instructions} LDL/STL"
-    many = variant.amsgrad or len(variant.dtypes) > 1
-    # 64 registers keep 32 warps on a multiprocessor. Three dtypes with AMSGrad may take what they need.
+    # 64 registers keep 32 warps on a multiprocessor. Three dtypes with AMSGrad may take what they need. The hash of
+    # stochastic rounding passes 64 on sm_80 and sm_100: 24 warps still have 86 KB of loads in flight, three times what
+    # 700 ns of an H200's bandwidth call for.
+    many = variant.amsgrad or len(variant.dtypes) > 1 or (variant.rounding == "stochastic" and report.arch != 90)
     assert report.registers <= (128 if len(variant.dtypes) == 3 else 80 if many else 64)
     # Shared memory carries the moments between the layouts of 16-bit and 32-bit accesses: 2048 fp32 and no more.
     assert report.shared_bytes <= 8192

@@ -74,9 +74,7 @@ def test_tiles_and_tails_cover_every_element_once(specs):
 def test_setters_upload_only_what_changed():
     plan = small_problem().plan
     plan.flush()
-    uploads = []
-    original = plan._upload
-    plan._upload = lambda target, rows: (uploads.append(target), original(target, rows))
+    uploads = uploads_of(plan)
     plan.set_addresses(plan.addresses)
     plan.set_present(list(plan.task_present), list(plan.retention_present))
     plan.set_groups(list(plan.groups))
@@ -89,6 +87,69 @@ def test_setters_upload_only_what_changed():
     plan.set_present([False, True], [False, False])
     plan.flush()
     assert plan.table[:, 5].tolist() == [0, 1]
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """Make torch say that the current stream is being captured; no GPU is needed for what the host then does."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def uploads_of(plan):
+    found = []
+    original = plan._upload
+    plan._upload = lambda target, rows: (found.append(target), original(target, rows))
+    return found
+
+
+def test_a_capture_with_nothing_new_uploads_nothing(capturing, monkeypatch):
+    plan = small_problem().plan
+    with monkeypatch.context() as before_capture:
+        before_capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        plan.flush()
+    uploads = uploads_of(plan)
+    plan.set_groups(list(plan.groups))
+    plan.flush()
+    assert uploads == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: plan.set_addresses([1 << 20, 1 << 21]), "addresses changed"),
+        (lambda plan: plan.set_present([True, False], [True, True]), "which losses reached which parameters changed"),
+        (lambda plan: plan.set_groups([pack_group(**{**GROUP, "lr": 0.5})]), "hyperparameters of the groups changed"),
+        (
+            lambda plan: (plan.set_present([True, False], [True, True]), plan.set_groups([pack_group(**GROUP)])),
+            "which losses reached which parameters and the hyperparameters",
+        ),
+    ],
+)
+def test_a_capture_with_something_new_is_refused_by_name(monkeypatch, change, message):
+    plan = small_problem().plan
+    plan.flush()
+    tables = [plan.table.clone(), plan.group_table.clone()]
+    uploads = uploads_of(plan)
+    change(plan)
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match=message + r".*run one step.*prepare_replay\(\)"):
+            plan.flush()
+        assert uploads == []
+        assert torch.equal(plan.table, tables[0])
+        assert torch.equal(plan.group_table, tables[1])
+    plan.flush()
+    assert uploads, "what was refused is still to be uploaded"
+
+
+def test_a_variant_that_was_never_launched_is_refused_in_a_capture(capturing):
+    plan = small_problem().plan
+    with pytest.raises(RuntimeError, match=r"HAS_RET=True.*before the capture run one step of the same kind"):
+        kernel._fit(plan, [], {"PHASE": 0, "HAS_RET": True})
+    plan.fit[tuple({"PHASE": 0, "HAS_RET": True}.items())] = (528, 64)
+    assert kernel._fit(plan, [], {"PHASE": 0, "HAS_RET": True}) == (528, 64)
 
 
 @pytest.mark.parametrize("missing", ["set_addresses", "set_present", "set_groups"])
@@ -111,6 +172,8 @@ def test_a_launch_before_the_plan_is_complete_is_refused(missing):
         (lambda: SurgeryPlan([], "cpu"), "at least one parameter"),
         (lambda: SegmentSpec(torch.float64, 4, 0), "float64"),
         (lambda: SegmentSpec(F32, -1, 0), "numel=-1"),
+        (lambda: SegmentSpec(BF16, 4, 0, stream=2**32), "stream=4294967296"),
+        (lambda: small_problem().settings(rounding_seed=-1), "rounding_seed=-1"),
         (lambda: LaunchConfig(block=1000), "block=1000"),
         (lambda: LaunchConfig(num_warps=3), "num_warps=3"),
         (lambda: LaunchConfig(reduce_block=16384), "reduce_block=16384"),
@@ -158,7 +221,13 @@ def test_a_cpu_without_the_interpreter_is_told_what_to_do():
 
 
 @pytest.mark.parametrize(
-    ("keywords", "message"), [({"merge": "sum"}, "weighted, equal"), ({"schedule": "step"}, "linear, cosine")]
+    ("keywords", "message"),
+    [
+        ({"merge": "sum"}, "weighted, equal"),
+        ({"schedule": "step"}, "linear, cosine"),
+        ({"controller": "pid"}, "ascent, nupi"),
+        ({"rounding": "up"}, "nearest, stochastic"),
+    ],
 )
 def test_unknown_modes_are_refused(keywords, message):
     problem = small_problem()
@@ -180,6 +249,32 @@ def test_settings_without_a_clip():
     )  # fmt: skip
     assert row.tolist() == [-0.1, 0.0, 0.1, 1.0, 1.0, 0.5, 3.0, 0.0, 0.0, 0.0, 0.0]
     assert pack_group(**{**GROUP, "beta1": 0.0})[7] == -math.inf
+
+
+def test_new_buffers_have_measured_nothing_and_weigh_a_fresh_gradient():
+    buffers = SurgeryBuffers.allocate(small_problem().plan)
+    assert dict(zip(kernel.STEP_IN_NAMES, buffers.step_in.tolist(), strict=True)) == {
+        "retention_loss": 0.0,
+        "grad_scale": 1.0,
+        "found_inf": 0.0,
+        "measured": 0.0,
+        "ret_weight": 1.0,
+    }
+    dual = dict(zip(kernel.DUAL_NAMES, buffers.dual.tolist(), strict=True))
+    assert math.isnan(dual["ema"])
+    assert math.isnan(dual["xi"])
+
+
+def test_settings_that_a_variant_has_no_use_for_make_no_second_one():
+    arguments = {"phase": 0, "merge": "weighted", "project": True, "schedule": "linear", "amsgrad": False}
+    chosen = {"controller": "nupi", "rounding": "stochastic"}
+    for dtype, has_ret in ((F32, True), (BF16, False), (BF16, True)):
+        plan = SurgeryPlan([SegmentSpec(dtype, 20, 0)], "cpu")
+        plain = kernel.kernel_constants(plan, **arguments, has_ret=has_ret, soft_cast=False)
+        other = kernel.kernel_constants(plan, **arguments, has_ret=has_ret, soft_cast=False, **chosen)
+        differing = {name for name in plain if plain[name] != other[name]}
+        assert ("NUPI" in differing, "STOCHASTIC" in differing) == (has_ret, dtype == BF16)
+        assert differing <= {"NUPI", "STOCHASTIC"}
 
 
 def test_everything_but_the_launch_works_without_triton():
