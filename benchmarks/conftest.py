@@ -126,4 +126,9 @@ def pytest_terminal_summary(terminalreporter, config):
     path = getattr(config, "results_file", None)
     if path is not None:
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        for row in harness.read_results(path)["rows"]:
+            if row["test"] == "side_by_side":
+                where = f"{row['device']} {row['case']} {row['precision']}"
+                ratio = row["median_s"] / row["ours_s"]
+                terminalreporter.write_line(f"{where}: {row['title']} takes {ratio:.2f} times as long as ours")
         terminalreporter.write_line(f"results: {shown}; table and picture: python -m benchmarks.report {shown}")

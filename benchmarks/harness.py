@@ -403,7 +403,7 @@ def machine() -> dict[str, Any]:
         "scheduling": scheduling(),
         "python": platform.python_version(),
     }
-    for package in ("torch", "triton", "torchjd", "pytorch-optimizer", "conflictfree"):
+    for package in ("torch", "triton", "numba", "torchjd", "pytorch-optimizer", "conflictfree"):
         try:
             about[package] = version(package)
         except PackageNotFoundError:

@@ -67,6 +67,7 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         f"{device}{document['machine']} ({document['cpu']}), {document['threads']} threads, {document['scheduling']}, "
         f"load before the run {document['load_before'][0]}; torch {document['torch']}, triton {document['triton']}, "
+        f"numba {document.get('numba')}, "
         f"Python {document['python']}; commit {document['commit'][:12]}; `{document['command']}`",
         "",
         "Times are medians (20th to 80th percentile), from two gradients in `.grad` to updated parameters. GB/s counts "

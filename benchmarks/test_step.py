@@ -79,7 +79,7 @@ def test_update(benchmark, problem, contender, record, request):
         kind=kind.kind,
         error=error,
         floor_bytes=problem.case.bytes_of(STEP_BYTES[kind.floor], problem.precision),
-        moved_bytes=None if kind.moves is None else problem.case.bytes_of(kind.moves, problem.precision),
+        moved_bytes=kind.moved_bytes(problem.case, problem.precision, problem.device.type),
         extra_peak_bytes=_extra_peak(problem, made),
         seconds=benchmark.stats.stats.data,
         **extra,

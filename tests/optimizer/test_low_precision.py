@@ -31,7 +31,8 @@ def test_on_average_the_weights_go_where_fp32_goes():
     """Mean over seeds of a sum of rounding errors, each at most one unit in the last place with mean 0.
 
     60 steps and 12 seeds: a weight w of about 0.25 has units of 2^-10, so the mean of its error has a standard
-    deviation of at most 2^-10 sqrt(60 / 12) / 2, 1.1e-3, as the weights move (60 × 2.5e-5); over 5,000 of them 70 times less.
+    deviation of at most 2^-10 sqrt(60 / 12) / 2, 1.1e-3, as far as the weights move (60 × 2.5e-5); over 5,000 of them
+    it is 70 times less.
     """
     start = make_model(dtype=torch.bfloat16, width=64)
     wide = make_model(dtype=torch.float32, width=64)
