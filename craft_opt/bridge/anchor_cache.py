@@ -9,7 +9,7 @@ teacher's features, or what it says of the tokens. Nothing is loaded that was no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -104,6 +104,10 @@ class Frames(Protocol):
         """Images under the policy's keys, state and task texts of frames, by source and absolute index."""
         ...
 
+    def task_texts(self, sources: Sequence[int], frames: Sequence[int]) -> list[str]:
+        """Task texts alone, with no image read."""
+        ...
+
 
 class AnchorCache:
     """A cache that was checked and is memory-mapped; samples are read when a batch asks for them.
@@ -173,7 +177,17 @@ class AnchorCache:
 
     def column(self, name: str) -> Tensor:
         """One of the cache's tensors for all anchors, in order."""
-        return torch.cat([shard[name] for shard in self._shards])
+        return torch.cat(list(self.parts(name)))
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The same, file by file, for what may not fit in memory."""
+        return (shard[name] for shard in self._shards)
+
+    def task_texts(self) -> list[str]:
+        """The task text of every anchor, in order."""
+        if self._frames is not None:
+            return self._frames.task_texts(self.column(SOURCE).tolist(), self.column(SOURCE_FRAME).tolist())
+        return [self.manifest.tasks[index] for index in self.column(TASK).tolist()]
 
     def _row(self, name: str, index: int) -> Tensor:
         shard = int(np.searchsorted(self._ends, index, side="right"))

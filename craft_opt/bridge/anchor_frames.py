@@ -130,8 +130,12 @@ class FrameReader:
             **{key: _decoded(self._table.column(own)[row].as_py()) for key, own in self._cameras.items()},
             OBS_STATE: torch.from_numpy(self._values(self._state, [row])[0]),
             ACTION: torch.from_numpy(self._chunk(row)),
-            "task": self._tasks[self._task[row]],
+            "task": self.task(row),
         }
+
+    def task(self, row: int) -> str:
+        """The task text of a frame."""
+        return self._tasks[self._task[row]]
 
     def place(self, row: int) -> tuple[int, int, int]:
         """Where a frame lies: its absolute index, its episode, and its number in the episode."""
@@ -144,7 +148,7 @@ class FrameReader:
 
     def identity(self, row: int) -> bytes:
         """SHA-256 of what makes a frame the one it is: place, prompt, state and action."""
-        sha = hashlib.sha256(repr((*self.place(row), self._tasks[self._task[row]])).encode())
+        sha = hashlib.sha256(repr((*self.place(row), self.task(row))).encode())
         for key in (self._state, self._action):
             sha.update(self._values(key, [row]).tobytes())
         return sha.digest()
@@ -208,6 +212,11 @@ class ReferencedFrames:
         items = [self._item(place) for place in zip(sources, frames, strict=True)]
         images = {key: torch.stack([item[key] for item in items]) for key in self._cameras}
         return images, torch.stack([item[OBS_STATE] for item in items]), [item["task"] for item in items]
+
+    def task_texts(self, sources: Sequence[int], frames: Sequence[int]) -> list[str]:
+        """Task texts alone, with no image read."""
+        places = zip(sources, frames, strict=True)
+        return [self._readers[place[0]].task(self._rows[place]) for place in places]
 
     def _item(self, place: tuple[int, int]) -> dict[str, Any]:
         if place in self._kept:

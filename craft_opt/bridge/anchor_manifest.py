@@ -150,6 +150,14 @@ class AnchorManifest:
         """Checksum of the manifest, and through the shards' checksums of the whole cache."""
         return _sha256_of_json(asdict(self))
 
+    @property
+    def content(self) -> str:
+        """What is cached of a sample, in words."""
+        if self.kind == "hidden":
+            return f"{self.pooling} of layers {', '.join(map(str, self.layers))} of {self.depth}"
+        top = f", and its {self.top_k} most probable tokens in each place" if self.top_k else ""
+        return f"{self.token_source} action tokens, the teacher's cross-entropy of them{top}"
+
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` in one rename."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self), "manifest_sha256": self.digest}

@@ -1,4 +1,4 @@
-"""``craft-anchors build``: make an anchor cache from a teacher and the datasets of its old skills."""
+"""``craft-anchors``: build an anchor cache from a teacher and its old skills' datasets, look at it, verify it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from craft_opt.bridge.anchor_manifest import KINDS, STORAGES
+
+EXIT_REFUSED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -29,50 +32,80 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes ``sys.argv``.
 
     Returns:
-        Exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C.
+        Exit code: 0, 1 where ``verify`` refuses a cache, 2 for a command that cannot be carried out, 130 after Ctrl-C.
     """
-    parser, build = _parsers()
+    parser, commands = _parsers()
     argv = sys.argv[1:] if argv is None else argv
-    known = {name for action in build._actions for name in action.option_strings}
-    # Before argparse: it would name the flag that is missing, not the one that was mistyped.
-    for flag in (token.split("=")[0] for token in argv if token.startswith("--")):
-        if flag not in known:
-            close = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-            parser.error(f"unknown flag {flag}{f'; did you mean {close[0]}?' if close else ''}")
+    command = commands.get(argv[0]) if argv else None
+    if command is not None:
+        known = {name for action in command._actions for name in action.option_strings}
+        # Before argparse: it would name the flag that is missing, not the one that was mistyped.
+        for flag in (token.split("=")[0] for token in argv if token.startswith("--")):
+            if flag not in known:
+                close = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+                parser.error(f"unknown flag {flag}{f'; did you mean {close[0]}?' if close else ''}")
     args = parser.parse_args(argv)
     try:
-        return _build(args)
+        return {"build": _build, "inspect": _inspect, "verify": _verify}[args.command](args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        again = "; the same command goes on where it was" if args.command == "build" else ""
+        print(f"interrupted{again}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
-def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="craft-anchors", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="build")
-    build = commands.add_parser(
-        "build",
-        allow_abbrev=False,
-        help="build a cache; killed, the same command goes on where it was",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build|inspect|verify")
+    helps = {
+        "build": "build a cache; killed, the same command goes on where it was",
+        "inspect": "print what a cache holds, with a histogram of its features and a picture of sample frames",
+        "verify": "check that a cache is whole and, given a policy, that the policy is its teacher",
+    }
+    parsers = {
+        name: commands.add_parser(
+            name, allow_abbrev=False, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        for name, text in helps.items()
+    }
+    _add_build_flags(parsers["build"])
+    for name in ("inspect", "verify"):
+        parsers[name].add_argument("folder", type=Path, help="the cache")
+    parsers["inspect"].add_argument("--output", type=Path, help="the picture, a PNG file; none without it")
+    parsers["inspect"].add_argument("--num-frames", type=int, default=8, help="sample frames in the picture")
+    verify = parsers["verify"].add_argument
+    verify("--policy.path", dest="policy", help="a policy that is to be the cache's teacher")
+    verify("--policy.device", dest="device", help="cpu, cuda; by default LeRobot's choice")
+    verify("--policy.dtype", dest="policy_dtype", help="dtype that it computes in; as at the build")
+    verify("--stats.repo_id", dest="stats_repo_id", help="for a cache with the new skill's statistics: its dataset")
+    verify("--stats.root", dest="stats_root", help="its folder")
+    return parser, parsers
+
+
+def _add_build_flags(build: argparse.ArgumentParser) -> None:
     add = build.add_argument
     add("--policy.path", dest="policy", required=True, help="the teacher: a folder or a name on the hub")
     add("--policy.device", dest="device", help="cpu, cuda; by default LeRobot's choice")
     add("--policy.dtype", dest="policy_dtype", help="dtype that the teacher computes in; as the fine-tuning run will")
     add("--dataset.repo_id", dest="repo_ids", action="append", required=True, help="old skills; may be repeated")
     add("--dataset.root", dest="roots", action="append", default=[], help="folder of each dataset, in the same order")
+    add("--dataset.revision", dest="revisions", action="append", default=[], help="revision of each, in the same order")
     add("--episodes", type=_episodes, help="episodes to draw from, such as 0-9,12 (one dataset only)")
     add("--output", "--output_dir", dest="output", required=True, help="folder of the cache")
-    add("--num-samples", "--num_samples", dest="num_samples", type=int, required=True, help="anchors in all")
-    add("--kind", default="hidden", choices=("hidden", "token_ce"), help="what is cached")
-    add("--layers", type=_numbers, default=(-2, -1), help="decoder layers, from 1, or from the last as -1")
-    add("--pooling", default="action_tokens", help="where the features are taken")
+    add("--num-samples", "--num_samples", dest="num_samples", type=int, help="anchors in all; this or --fraction")
+    add("--fraction", type=float, help="share of the chosen episodes' frames that become anchors")
+    add(
+        "--balance", choices=("tasks", "none"), default="tasks", help="as many anchors of every task, or of every frame"
+    )
+    add("--kind", default="hidden", choices=KINDS, help="what is cached: features, or what the teacher says of tokens")
+    add("--storage", default="self_contained", choices=STORAGES, help="copy the frames, or refer to the datasets'")
+    add("--layers", type=_numbers, default=(-2, -1), help="for hidden: decoder layers, from 1, or from the last as -1")
+    add("--pooling", default="action_tokens", help="for hidden: where the features are taken")
+    add("--top-k", dest="top_k", type=int, help="for token_ce: most probable tokens kept a position; unset is 8")
     add("--dtype", default="auto", help="of the stored features: auto, float32, bfloat16 or float16")
-    add("--action-tokens", default="demonstrated", help="whose tokens are forced: demonstrated or teacher")
+    add("--action-tokens", help="whose tokens are forced: demonstrated (unset, for hidden) or teacher (for token_ce)")
     add("--seed", type=int, default=0, help="seed of the selection")
     add("--shard-size", type=int, default=64, help="anchors per file")
     add("--batch-size", type=int, default=16, help="anchors per forward of the teacher")
@@ -80,36 +113,35 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     add("--stats.repo_id", dest="stats_repo_id", help="for --normalization_stats=dataset: the new skill's dataset")
     add("--stats.root", dest="stats_root", help="its folder")
     add("--rename_map", type=json.loads, default={}, help="dataset's keys to the policy's, as JSON")
-    return parser, build
 
 
 def _build(args: argparse.Namespace) -> int:
-    if args.kind == "token_ce":
-        raise ValueError("--kind=token_ce is not built yet; use --kind=hidden")
-    if args.roots and len(args.roots) != len(args.repo_ids):
-        raise ValueError(
-            f"{len(args.repo_ids)} --dataset.repo_id and {len(args.roots)} --dataset.root were given; give a root for "
-            f"each dataset, in the same order, or none"
-        )
+    for flag, values in (("root", args.roots), ("revision", args.revisions)):
+        if values and len(values) != len(args.repo_ids):
+            raise ValueError(
+                f"{len(args.repo_ids)} --dataset.repo_id and {len(values)} --dataset.{flag} were given; give a {flag} "
+                f"for each dataset, in the same order, or none"
+            )
     if args.episodes is not None and len(args.repo_ids) > 1:
         raise ValueError("--episodes goes with one --dataset.repo_id only")
-    # Imported when the flags are known to be right: LeRobot takes ten seconds.
-    from craft_opt.bridge import shorten_codec_warning
-
-    shorten_codec_warning()
+    _set_up()
     from craft_opt.bridge.anchors import AnchorSource, build_cache
-    from craft_opt.bridge.logs import say, set_up_logging
+    from craft_opt.bridge.logs import say
 
-    set_up_logging()
-    roots = args.roots or [None] * len(args.repo_ids)
-    overrides = {"device": args.device, "dtype": args.policy_dtype}
+    nothing = [None] * len(args.repo_ids)
+    places = zip(args.repo_ids, args.roots or nothing, args.revisions or nothing, strict=True)
     manifest = build_cache(
         Path(args.output),
         args.policy,
-        [AnchorSource(repo_id, root, args.episodes) for repo_id, root in zip(args.repo_ids, roots, strict=True)],
+        [AnchorSource(repo_id, root, args.episodes, revision) for repo_id, root, revision in places],
+        kind=args.kind,
+        storage=args.storage,
         num_samples=args.num_samples,
+        fraction=args.fraction,
+        balance=args.balance == "tasks",
         layers=args.layers,
         pooling=args.pooling,
+        top_k=args.top_k,
         dtype=args.dtype,
         seed=args.seed,
         shard_size=args.shard_size,
@@ -118,13 +150,47 @@ def _build(args: argparse.Namespace) -> int:
         normalization_stats=args.normalization_stats,
         stats_source=AnchorSource(args.stats_repo_id, args.stats_root) if args.stats_repo_id else None,
         rename_map=args.rename_map,
-        policy_overrides=[f"--{name}={value}" for name, value in overrides.items() if value],
+        policy_overrides=_overrides(args),
     )
-    say(
-        f"Anchor cache: {args.output} ({manifest.samples} anchors of {len(manifest.tasks)} tasks, "
-        f"{manifest.pooling} of layers {', '.join(map(str, manifest.layers))})"
-    )
+    say(f"Anchor cache: {args.output} ({manifest.samples} anchors of {len(manifest.tasks)} tasks, {manifest.content})")
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    _set_up()
+    from craft_opt.bridge.anchors_inspect import inspect_cache
+
+    print("\n".join(inspect_cache(args.folder, args.output, args.num_frames)))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    _set_up()
+    from craft_opt.bridge.anchors import AnchorSource
+    from craft_opt.bridge.anchors_verify import verify_cache
+
+    stats = AnchorSource(args.stats_repo_id, args.stats_root) if args.stats_repo_id else None
+    try:
+        print(verify_cache(args.folder, args.policy, _overrides(args), stats))
+    except (ValueError, OSError) as error:
+        print(f"not verified: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    return 0
+
+
+def _set_up() -> None:
+    """What LeRobot's ten seconds of import are spent for: called once the flags are known to be right."""
+    from craft_opt.bridge import shorten_codec_warning
+
+    shorten_codec_warning()
+    from craft_opt.bridge.logs import set_up_logging
+
+    set_up_logging()
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    given = {"device": args.device, "dtype": args.policy_dtype}
+    return [f"--{name}={value}" for name, value in given.items() if value]
 
 
 def _numbers(text: str) -> tuple[int, ...]:
