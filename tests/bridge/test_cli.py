@@ -97,7 +97,7 @@ def test_what_is_asked_for(argv, kind):
         ([*TRAIN, "--retention-mode=hidden", "craft.enabled=false"], "means craft.enabled=true"),
         ([*TRAIN, "--retention-mode=hidden", "craft.retention_mode=token_ce"], "means craft.retention_mode=hidden"),
         ([*TRAIN, "--retention-mode=none", "craft.retention_mode=hidden"], "switches retention off"),
-        ([*TRAIN, "craft.epsilon=auto", "craft.epsilon_end=0.1"], "--craft.epsilon=auto measures what --craft.epsilon_"),
+        ([*TRAIN, "craft.epsilon=auto", "craft.epsilon_end=0.1"], "--craft.epsilon=auto measures what"),
         ([*TRAIN, "--policy.type=act"], "--policy.path brings its type"),
         ([*TRAIN, "--resume=true", "--config_path=c"], "--resume=true takes the policy of the checkpoint"),
         (["--resume=true", "--config_path=c", "--dry-run"], "--dry-run writes no checkpoint and --resume=true"),
