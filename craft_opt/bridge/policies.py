@@ -13,19 +13,23 @@ from typing import Any
 import torch
 from httpx import HTTPError
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy, make_policy, make_pre_post_processors
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline, RenameObservationsProcessorStep
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 # Makes --policy.type=pi0_fast_tiny and saved tiny policies known to LeRobot.
 import craft_opt.bridge.quickstart.configuration_pi0_fast_tiny  # noqa: F401
+from craft_opt.bridge.fingerprints import teacher_fingerprint
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 _LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 _EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 
@@ -66,20 +70,28 @@ def load_policy(
             f"{weights} did not load every weight ({error}); take a complete checkpoint of this policy type and size"
         ) from error
     if weights is not None:
-        verify_weights(policy, weights)
+        verify = verify_adapters if config.use_peft else verify_weights
+        verify(policy, weights)
     return policy
 
 
 def find_weights(config: PreTrainedConfig) -> Path | None:
-    """The weights file of a policy that is loaded, None for one that starts from scratch or is a PEFT adapter.
+    """The weights file of a policy that is loaded, in PEFT the adapter's; None for one that starts from scratch.
 
     Raises:
-        FileNotFoundError: The path holds no weights.
+        FileNotFoundError: The path holds no weights, or an adapter's base is not there.
     """
     if not config.pretrained_path:
         return None
-    name = "adapter_model.safetensors" if config.use_peft else WEIGHTS_FILE
-    path = str(config.pretrained_path)
+    path, revision = str(config.pretrained_path), config.pretrained_revision
+    if not config.use_peft:
+        return _file_at(path, WEIGHTS_FILE, revision)
+    weights = _file_at(path, ADAPTER_FILE, revision)
+    _base_weights(weights)
+    return weights
+
+
+def _file_at(path: str, name: str, revision: str | None) -> Path:
     if Path(path).is_dir():
         weights = Path(path) / name
         if not weights.is_file():
@@ -89,14 +101,66 @@ def find_weights(config: PreTrainedConfig) -> Path | None:
             )
     else:
         try:
-            weights = Path(hf_hub_download(path, name, revision=config.pretrained_revision))
-        except (OSError, HTTPError) as error:
+            weights = Path(hf_hub_download(path, name, revision=revision))
+        except (OSError, HTTPError, HFValidationError) as error:
             raise FileNotFoundError(
                 f"--policy.path={path} is no local folder, and {name} could not be fetched from the hub ({error}); "
                 f"check the name, the connection and the access rights"
             ) from error
-    # An adapter's tensors are named by PEFT, which raises by itself when one is missing.
-    return None if config.use_peft else weights
+    return weights
+
+
+def _base_weights(adapter: Path) -> Path:
+    """The weights file of the base that an adapter was trained on.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    settings = json.loads((adapter.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
+    try:
+        return _file_at(str(base), WEIGHTS_FILE, settings.get("revision"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{adapter} was trained on {base}, which is not there ({error}); put the base back, or write its new place "
+            f"into base_model_name_or_path of {adapter.parent / ADAPTER_CONFIG}"
+        ) from error
+
+
+def has_adapters(policy: nn.Module) -> bool:
+    """Whether PEFT has wrapped the policy."""
+    return hasattr(policy, "disable_adapter") and hasattr(policy, "get_base_model")
+
+
+def merged_fingerprint(policy: nn.Module) -> str:
+    """Fingerprint of the policy with its adapters merged into the weights.
+
+    The policy is merged for good (taking a delta off again would not restore every bit): for the way out with an error.
+    """
+    model: Any = policy
+    return teacher_fingerprint(model.merge_and_unload())
+
+
+def verify_adapters(policy: nn.Module, adapter: Path) -> None:
+    """Check that an adapter and the base under it hold what their files have for them.
+
+    PEFT warns where a tensor of an adapter is missing, and pi0_fast's loader where one of the base is.
+
+    Args:
+        policy: The loaded policy, in PEFT.
+        adapter: The adapter's safetensors file.
+
+    Raises:
+        ValueError: A weight is missing in its file, has another shape or another value.
+    """
+    # Imported where it is used: an optional package of LeRobot's.
+    from peft import PeftModel, get_peft_model_state_dict
+
+    assert isinstance(policy, PeftModel)
+    # PEFT saves with the embeddings left out, and would ask the hub for the base's to see whether they changed.
+    _compare(get_peft_model_state_dict(policy, save_embedding_layers=False), adapter)
+    base: Any = policy.get_base_model()
+    _compare(_without_adapters(base.state_dict(), str(policy.base_model.prefix)), _base_weights(adapter))
 
 
 def verify_weights(policy: nn.Module, weights: Path) -> None:
@@ -112,9 +176,12 @@ def verify_weights(policy: nn.Module, weights: Path) -> None:
     Raises:
         ValueError: A weight is missing in the file, has another shape or another value.
     """
+    _compare(policy.state_dict(), weights)
+
+
+def _compare(state: Mapping[str, Tensor], weights: Path) -> None:
     missing: list[str] = []
     different: list[str] = []
-    state = policy.state_dict()
     shared: dict[int, list[str]] = {}
     for name, tensor in state.items():
         shared.setdefault(tensor.data_ptr(), []).append(name)
@@ -259,6 +326,13 @@ def policy_type_at(path: str | Path) -> str | None:
         return None
     found = json.loads(file.read_text(encoding="utf-8")).get("type")
     return found if isinstance(found, str) else None
+
+
+def _without_adapters(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The base's own weights under its own names, out of what PEFT made of it."""
+    injected = (prefix, ".modules_to_save.", ".trainable_tokens_")
+    own = {name: tensor for name, tensor in state.items() if not any(part in name for part in injected)}
+    return {name.replace(".base_layer.", ".").replace(".original_module.", "."): own[name] for name in own}
 
 
 def _stored_names(name: str) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from craft_opt.bridge.features import (
     retention_loss,
 )
 from craft_opt.bridge.fingerprints import preprocessor_fingerprint, teacher_fingerprint
-from craft_opt.bridge.policies import without_renaming
+from craft_opt.bridge.policies import has_adapters, merged_fingerprint, without_renaming
 from craft_opt.config import CraftConfig
 from craft_opt.retention import token_ce_above, token_kl
 
@@ -378,6 +378,13 @@ def check_cache_fits(
         path = pi0_fast_of(policy).config.pretrained_path
         remedy = "dtype" if dtype != manifest.compute_dtype else "path"
         value = manifest.compute_dtype if remedy == "dtype" else manifest.teacher
+        if has_adapters(policy) and merged_fingerprint(policy) == manifest.teacher_fingerprint:
+            raise ValueError(
+                f"{folder} was made by this policy with its adapters merged into the weights, and this run starts from "
+                f"{path} with its adapters beside them, which computes other bits; pass --policy.path="
+                f"{manifest.teacher} to start from the merged one, or {rebuild_hint(folder)} with "
+                f"--policy.path={path}"
+            )
         raise ValueError(
             f"{folder} was made by teacher {manifest.teacher_fingerprint} ({manifest.teacher}, "
             f"{manifest.compute_dtype}), and this policy is {fingerprint} ({path}, {dtype}); "
