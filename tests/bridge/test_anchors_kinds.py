@@ -1,0 +1,237 @@
+"""Token caches and caches by reference: what they hold is the teacher's and the datasets' own."""
+
+import json
+from collections import Counter
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS, OBS_STATE
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from craft_opt.bridge.anchor_cache import AnchorCache, AnchorManifest
+from craft_opt.bridge.anchor_frames import AnchorSource, FrameReader
+from craft_opt.bridge.anchor_manifest import FORMAT
+from craft_opt.bridge.anchor_shards import Teacher, process_anchors, token_rows
+from craft_opt.bridge.anchors import build_cache, prepare_build
+from craft_opt.bridge.features import action_logits, generated_tokens
+from tests.quickstart.support import IMAGE_KEY, TASKS, make_tiny_dataset
+
+
+def build(world, output, **settings):
+    defaults = {"num_samples": 10, "shard_size": 4, "batch_size": 4, "progress": False}
+    return build_cache(
+        output, world.teacher, [world.source()], **(defaults | {"policy_overrides": ["--device=cpu"]} | settings)
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(world, tmp_path_factory):
+    """A build that was not run: its teacher and its frames."""
+    return prepare_build(
+        tmp_path_factory.mktemp("prepared") / "out",
+        world.teacher,
+        [world.source()],
+        num_samples=8,
+        kind="token_ce",
+        policy_overrides=["--device=cpu"],
+    )
+
+
+@pytest.fixture(scope="module")
+def token_cache(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens") / "cache"
+    build(world, folder, kind="token_ce", num_samples=10)
+    return AnchorCache.open(folder)
+
+
+def the_teachers(prepared, anchors, tokens=None):
+    """(batch, logits, mask) of the teacher on stored anchors, computed apart from the builder."""
+    teacher = prepared.teacher
+    batch = process_anchors(teacher.preprocessor, anchors.images, anchors.state, anchors.tasks)
+    batch[ACTION_TOKENS], batch[ACTION_TOKEN_MASK] = anchors.action_tokens, anchors.action_token_mask
+    with torch.no_grad():
+        return batch, *action_logits(teacher.policy, batch)
+
+
+# -- token caches ----------------------------------------------------------------------------------------------------
+
+
+def test_a_token_cache_holds_the_teachers_own_tokens_and_what_it_says_of_them(prepared, token_cache):
+    manifest = token_cache.manifest
+    assert (manifest.kind, manifest.layers, manifest.pooling, manifest.top_k) == ("token_ce", [], "", 8)
+    assert (manifest.token_source, manifest.teacher_variance, manifest.depth) == ("teacher", {}, 2)
+    anchors = token_cache.gather(list(range(10)))
+    assert anchors.features == {} and anchors.feature_mask is None
+    batch, logits, mask = the_teachers(prepared, anchors)
+    tokens, token_mask = generated_tokens(prepared.teacher.policy, batch)
+    assert torch.equal(anchors.action_tokens, tokens)
+    assert torch.equal(anchors.action_token_mask, token_mask)
+
+    logprobs = logits.float().log_softmax(dim=-1)
+    for row in range(10):
+        ce = functional.cross_entropy(logits[row][mask[row]], tokens[row][mask[row]])
+        # The same forward in another batch: a few roundings of fp32 logits of size 1.
+        torch.testing.assert_close(anchors.teacher_ce[row], ce, rtol=1e-5, atol=1e-5)
+    values = logprobs.sort(dim=-1, descending=True).values[..., :8]
+    assert anchors.top_ids.dtype == torch.int64 and anchors.top_logprobs.dtype == torch.float32
+    torch.testing.assert_close(anchors.top_logprobs[mask], values[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logprobs.gather(-1, anchors.top_ids)[mask], values[mask], rtol=1e-5, atol=1e-5)
+    assert (anchors.top_ids[~mask] == 0).all() and (anchors.top_logprobs[~mask] == 0).all()
+
+
+def test_a_token_cache_may_hold_the_demonstrated_tokens_alone(world, prepared, tmp_path):
+    build(world, tmp_path / "out", kind="token_ce", top_k=0, token_source="demonstrated")
+    cache = AnchorCache.open(tmp_path / "out")
+    anchors = cache.gather(list(range(10)))
+    assert anchors.top_ids is None and anchors.top_logprobs is None
+    dataset = AnchorSource("local/tiny", world.old).open(lambda meta: {ACTION: [k / meta.fps for k in range(4)]})
+    frames = torch.cat([load_file(cache.folder / s.file)["source_frame"] for s in cache.manifest.shards]).tolist()
+    action = torch.stack([dataset[frame][ACTION] for frame in frames])
+    batch = process_anchors(prepared.teacher.preprocessor, anchors.images, anchors.state, anchors.tasks, action)
+    assert torch.equal(anchors.action_tokens, batch[ACTION_TOKENS])
+    with torch.no_grad():
+        loss, _ = prepared.teacher.policy(batch)
+    counts = anchors.action_token_mask.sum(dim=1) - 1
+    # The policy's own loss is the mean over tokens, the cache's over each sample's.
+    torch.testing.assert_close((anchors.teacher_ce * counts).sum() / counts.sum(), loss, rtol=1e-5, atol=1e-5)
+
+
+def test_token_rows_leave_out_what_is_not_predicted():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator)
+    mask = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    logits[~mask] = torch.nan
+    rows = token_rows(logits, mask, torch.randint(0, 7, (3, 5), generator=generator), 3)
+    assert all(torch.isfinite(rows[name]).all() for name in rows)
+    assert rows["teacher_ce"][2] == 0, "a sample without tokens"
+    assert (rows["top_logprobs"].exp().sum(dim=-1)[mask] < 1).all(), "not normalised anew"
+
+
+def test_a_teacher_that_says_nothing_finite_is_refused(world, prepared, tmp_path):
+    policy = prepared.teacher.policy
+    head = policy.model.paligemma_with_expert.paligemma.lm_head.weight
+    kept = head.detach().clone()
+    with torch.no_grad():
+        head.fill_(torch.nan)
+    try:
+        with pytest.raises(
+            ValueError, match=r"cross-entropy of action tokens in shard-00000.safetensors is not finite"
+        ):
+            replace(prepared, output=tmp_path / "out").run(progress=False)
+    finally:
+        with torch.no_grad():
+            head.copy_(kept)
+    assert not (tmp_path / "out").exists()
+
+
+# -- by reference ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hidden", "token_ce"])
+def test_both_storage_forms_give_the_same_batches(world, tmp_path, kind):
+    for storage in ("self_contained", "reference"):
+        build(world, tmp_path / storage, kind=kind, storage=storage)
+    copied, referred = (AnchorCache.open(tmp_path / name) for name in ("self_contained", "reference"))
+    assert not [name for name in referred.manifest.tensors if name.startswith(("image/", "state"))]
+    for indices in ([0, 1, 2, 3], [9, 4, 4], list(range(10))):  # the second time from memory
+        first, second = copied.gather(indices), referred.gather(indices)
+        for field in fields(first):
+            one, other = getattr(first, field.name), getattr(second, field.name)
+            if isinstance(one, dict):
+                assert one.keys() == other.keys()
+                assert all(one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one)
+            elif isinstance(one, torch.Tensor):
+                assert one.dtype == other.dtype and torch.equal(one, other), field.name
+            else:
+                assert one == other
+    assert copied.task_texts() == referred.task_texts()
+
+
+def test_a_reference_names_episodes_and_several_datasets(world, tmp_path):
+    make_tiny_dataset(tmp_path / "third", tasks=("lift the lid",), episodes=2, frames=5, seed=9)
+    third = AnchorSource("local/third", tmp_path / "third", episodes=(1,))
+    source = replace(world.source(), episodes=(3, 1))
+    settings = {"num_samples": 12, "policy_overrides": ["--device=cpu"], "progress": False}
+    for storage in ("self_contained", "reference"):
+        build_cache(tmp_path / storage, world.teacher, [source, third], storage=storage, **settings)
+    copied, referred = (
+        AnchorCache.open(tmp_path / name).gather(list(range(12))) for name in ("self_contained", "reference")
+    )
+    assert Counter(referred.tasks) == {TASKS[1]: 7, "lift the lid": 5} == Counter(copied.tasks)
+    assert torch.equal(copied.images[IMAGE_KEY], referred.images[IMAGE_KEY])
+    assert torch.equal(copied.state, referred.state)
+    manifest = AnchorManifest.read(tmp_path / "reference")
+    assert [s.root for s in manifest.sources] == [str(world.old), str(tmp_path / "third")]
+    assert [s.root for s in AnchorManifest.read(tmp_path / "self_contained").sources] == [None, None]
+
+
+def test_a_run_in_another_folder_finds_a_relative_dataset(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world.old.parent)
+    build(replace(world, old=world.old.relative_to(world.old.parent)), tmp_path / "out", storage="reference")
+    monkeypatch.chdir(tmp_path)
+    assert len(AnchorCache.open(tmp_path / "out").gather([0, 1]).tasks) == 2
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("episodes", [None, (1, 2)])
+def test_frames_are_read_as_lerobot_reads_them(world, episodes):
+    source = AnchorSource("local/tiny", world.old, episodes)
+    dataset = source.open(lambda meta: {ACTION: [k / meta.fps for k in range(4)]})
+    reader = FrameReader(dataset, [IMAGE_KEY], {})
+    assert reader._plain, "images lie in the table"
+    for row in range(len(dataset)):
+        item, own = reader(row), dataset[row]
+        assert item[IMAGE_KEY].dtype == torch.uint8
+        assert torch.equal(item[IMAGE_KEY].float() / 255, own[IMAGE_KEY])
+        for key in (OBS_STATE, ACTION):
+            assert item[key].dtype == own[key].dtype and torch.equal(item[key], own[key]), key
+        assert item["task"] == own["task"]
+        assert reader.place(row) == tuple(int(own[key]) for key in ("index", "episode_index", "frame_index"))
+
+
+def test_frames_that_are_not_in_the_table_are_read_through_lerobot(world):
+    dataset = AnchorSource("local/tiny", world.old).open(lambda meta: {ACTION: [k / meta.fps for k in range(4)]})
+    reader, through = FrameReader(dataset, [IMAGE_KEY], {}), FrameReader(dataset, [IMAGE_KEY], {})
+    through._plain = False
+    for row in (0, 11, 12, 47):
+        one, other = reader(row), through(row)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[k], other[k]) if k != "task" else one[k] == other[k] for k in one)
+
+
+# -- selection -------------------------------------------------------------------------------------------------------
+
+
+def test_a_fraction_of_the_frames(world, tmp_path):
+    assert build(world, tmp_path / "out", num_samples=None, fraction=0.25).samples == 12  # of 48
+
+
+def test_without_balance_every_frame_has_one_chance(world, tmp_path):
+    make_tiny_dataset(tmp_path / "third", tasks=("lift the lid",), episodes=1, frames=4, seed=9)
+    sources = [world.source(), AnchorSource("local/third", tmp_path / "third")]
+    settings = {"num_samples": 26, "policy_overrides": ["--device=cpu"], "progress": False}
+    counts = {}
+    for balance in (True, False):
+        folder = tmp_path / str(balance)
+        build_cache(folder, world.teacher, sources, balance=balance, **settings)
+        counts[balance] = Counter(AnchorCache.open(folder).task_texts())
+    assert sorted(counts[True].values()) == [4, 11, 11]
+    # 4 of 52 frames: all of them among 26 with probability 0.05.
+    assert counts[False]["lift the lid"] < 4
+
+
+def test_a_teacher_can_be_prepared_without_demonstrated_actions(prepared):
+    """Its own tokens need none, and making them is most of what processing costs."""
+    assert isinstance(prepared.teacher, Teacher)
+    items = [prepared.readers[number](row) for number, row in prepared.frames[:2]]
+    batch, _ = prepared.teacher.prepare([{k: v for k, v in item.items() if k != ACTION} for item in items])
+    assert ACTION_TOKENS not in batch
+
+
+def test_the_manifest_says_its_format(token_cache):
+    content = json.loads((token_cache.folder / "manifest.json").read_text())
+    assert (content["format"], content["version"]) == (FORMAT, 2)
