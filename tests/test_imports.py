@@ -22,7 +22,7 @@ def test_every_room_is_walked():
 OFFENDERS = {
     "kernel reaches up": ("kernels/x.py", "from craft_opt.optimizer import CraftOptimizer", "not from optimizer"),
     "kernel reaches the method": ("kernels/x.py", "from craft_opt import surgery", "not from method"),
-    "kernel takes a library": ("kernels/x.py", "import numpy as np", "kernels may use torch, triton"),
+    "kernel takes a library": ("kernels/x.py", "import scipy", "kernels may use llvmlite, numba, numpy, torch, triton"),
     "method reaches the optimizer": (
         "craft_opt/surgery.py",
         "from craft_opt.optimizer._metrics import StepMetrics",

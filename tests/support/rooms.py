@@ -26,7 +26,7 @@ LIBRARIES: dict[str, set[str] | None] = {
     "package": {"torch"},
     "optimizer": {"torch", "jaxtyping", "numpy"},
     "method": {"torch", "jaxtyping"},
-    "kernels": {"torch", "triton", "numba", "numpy"},
+    "kernels": {"torch", "triton", "numba", "llvmlite", "numpy"},
 }
 
 
