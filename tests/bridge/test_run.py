@@ -261,12 +261,6 @@ def test_fewer_anchors_than_a_batch_are_refused(world, tmp_path, capsys):
     assert "has 20 anchors, and craft.anchor_batch_size is 21; set --craft.anchor_batch_size=20 or less" in error
 
 
-def test_a_token_cache_is_refused_for_a_hidden_run(world, cache_copy, tmp_path, capsys):
-    replace(AnchorManifest.read(cache_copy), kind="token_ce").write(cache_copy)
-    argv = replaced(world.flags(tmp_path / "out"), "craft.anchor_cache_dir", cache_copy)
-    assert "is a 'token_ce' cache, and craft.retention_mode is 'hidden'" in refused(capsys, argv)
-
-
 def test_another_teacher_is_refused(world, tmp_path, capsys):
     other = Path(shutil.copytree(world.teacher, tmp_path / "other"))
     tensors = load_file(other / "model.safetensors")
