@@ -18,6 +18,7 @@ from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy, make_policy, make_pre_post_processors
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline, RenameObservationsProcessorStep
+from lerobot.processor.pipeline import ProcessorMigrationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+_MIGRATION = "lerobot.processor.migrate_policy_normalization"
+_FORMER_ACTION_TOKENIZER, _ACTION_TOKENIZER = "physical-intelligence/fast", "lerobot/fast-action-tokenizer"
 _LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 _EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 
@@ -64,6 +67,8 @@ def load_policy(
     try:
         policy = make_policy(cfg=config, ds_meta=ds_meta, rename_map=dict(rename_map or {}))
     except RuntimeError as error:  # what torch and safetensors raise for missing, unexpected and misshapen tensors
+        if "tokenizers" in str(error):  # pi0_fast, which says no more than that
+            raise ValueError(f"{config.pretrained_path or config.type}: {error.__cause__}{_remedy(config)}") from error
         if weights is None:
             raise
         raise ValueError(
@@ -198,11 +203,13 @@ def _compare(state: Mapping[str, Tensor], weights: Path) -> None:
                 different.append(f"{name}: {tuple(value.shape)} in the file, {tuple(tensor.shape)} in the policy")
             elif not torch.equal(value.to(tensor.dtype), tensor.cpu()):
                 different.append(f"{name}: other values")
-    if missing or different:
-        examples = "; ".join([*(f"{name}: missing" for name in missing), *different][:3])
+    unexpected = sorted(available - {stored for name in state for stored in _stored_names(name)})
+    if missing or different or unexpected:
+        examples = [*(f"{name}: missing" for name in missing), *different, *(f"{n}: unexpected" for n in unexpected)]
         raise ValueError(
             f"{weights} did not load every weight: of {len(state)} tensors {len(missing)} are missing and "
-            f"{len(different)} differ ({examples}); take a complete checkpoint of this policy type and size"
+            f"{len(different)} differ, and {len(unexpected)} in the file have no place ({'; '.join(examples[:3])}); "
+            f"take a complete checkpoint of this policy type and size"
         )
 
 
@@ -236,8 +243,10 @@ def make_processors(
     }
     post_overrides: dict[str, dict[str, Any]] = {"unnormalizer_processor": unnormalizer}
     if config.type == "pi0_fast":
-        # The saved step forgets these two and would fall back on its defaults (a gated tokenizer and 128).
+        overrides["tokenizer_processor"] = {"tokenizer_name": config.text_tokenizer_name}
         overrides["action_tokenizer_processor"] = {
+            "action_tokenizer_name": config.action_tokenizer_name,
+            # The saved step forgets these two and would fall back on its defaults (a gated tokenizer and 128).
             "paligemma_tokenizer_name": config.text_tokenizer_name,
             "fast_skip_tokens": config.fast_skip_tokens,
         }
@@ -248,15 +257,38 @@ def make_processors(
             "action_names": config.action_feature_names,
         }
         post_overrides["absolute_actions_processor"] = {"enabled": True}
-    pre, post = make_pre_post_processors(
-        config,
-        pretrained_path=str(config.pretrained_path),
-        pretrained_revision=config.pretrained_revision,
-        preprocessor_overrides=overrides,
-        postprocessor_overrides=post_overrides,
-    )
+    try:
+        pre, post = make_pre_post_processors(
+            config,
+            pretrained_path=str(config.pretrained_path),
+            pretrained_revision=config.pretrained_revision,
+            preprocessor_overrides=overrides,
+            postprocessor_overrides=post_overrides,
+        )
+    except ProcessorMigrationError as error:
+        raise ValueError(
+            f"{config.pretrained_path} was saved before LeRobot had processors, and its statistics lie among its "
+            f"weights; convert it once with: python -m {_MIGRATION} --pretrained-path={config.pretrained_path}"
+        ) from error
+    except (OSError, ValueError, KeyError, HTTPError) as error:
+        raise ValueError(
+            f"the processors saved with {config.pretrained_path} do not load: {error}{_remedy(config)}"
+        ) from error
     _check_statistics(config, pre)
     return pre, post
+
+
+def _remedy(config: PreTrainedConfig) -> str:
+    """How to give pi0_fast other tokenizers than those that its checkpoint names."""
+    if config.type != "pi0_fast":
+        return ""
+    given = {"text": config.text_tokenizer_name, "action": config.action_tokenizer_name}
+    return (
+        "; its tokenizers are "
+        + " and ".join(f"--policy.{kind}_tokenizer_name={name}" for kind, name in given.items())
+        + f", and another name or a local folder can be given with these flags ({_FORMER_ACTION_TOKENIZER} does not "
+        f"load with transformers 5, {_ACTION_TOKENIZER} does; the text tokenizer is gated, huggingface-cli login)"
+    )
 
 
 def without_renaming(preprocessor: PolicyProcessorPipeline) -> PolicyProcessorPipeline:
