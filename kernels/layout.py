@@ -294,8 +294,14 @@ class SurgeryPlan:
         self.addresses = addresses
         self._stale_addresses = True
 
-    def set_present(self, task: Sequence[bool], retention: Sequence[bool]) -> None:
-        """Say which parameters each loss reached; a parameter that neither reached is left untouched."""
+    def set_present(self, task: Sequence[bool], retention: Sequence[bool] | None) -> None:
+        """Say which parameters each loss reached; a parameter that neither reached is left untouched.
+
+        `retention` None is for a launch with `has_ret=False`, which does not ask: what was said last stays, so that
+        steps and graphs with and without retention take turns on one table.
+        """
+        if retention is None:
+            retention = [False] * self.n_segments if self.retention_present is None else self.retention_present
         task, retention = list(task), list(retention)
         if task == self.task_present and retention == self.retention_present:
             return

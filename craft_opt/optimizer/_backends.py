@@ -306,12 +306,12 @@ class TritonBackend:
 
     def step(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule, has_ret: bool) -> None:
         """Everything in one launch."""
-        self._prepare(layout, groups, rule)
+        self._prepare(layout, groups, rule, has_ret)
         kernel.fused(layout.plan, layout.buffers, **self._constants(layout, rule, has_ret))
 
     def reduce(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule, has_ret: bool) -> Tensor:
         """First phase: tt, tr, rr in fp64, shape (3,)."""
-        self._prepare(layout, groups, rule)
+        self._prepare(layout, groups, rule, has_ret)
         count = kernel.reduce(layout.plan, layout.buffers, **self._constants(layout, rule, has_ret))
         return layout.buffers.partials[:count].sum(dim=0)
 
@@ -349,9 +349,9 @@ class TritonBackend:
         layout.buffers.settings.copy_(settings)
         layout.backend_state = rule
 
-    def _prepare(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule) -> None:
+    def _prepare(self, layout: DeviceLayout, groups: Sequence[Mapping[str, Any]], rule: Rule, has_ret: bool) -> None:
         layout.plan.set_addresses([slot.target.data_ptr() for slot in layout.slots])
-        layout.plan.set_present(layout.task_present, layout.ret_present)
+        layout.plan.set_present(layout.task_present, layout.ret_present if has_ret else None)
         self.prepare(layout, groups, rule)
 
     @staticmethod

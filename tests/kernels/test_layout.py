@@ -89,6 +89,22 @@ def test_setters_upload_only_what_changed():
     assert plan.table[:, 5].tolist() == [0, 1]
 
 
+def test_steps_without_retention_leave_the_table_of_those_with_it():
+    plan = SurgeryPlan([SegmentSpec(F32, 20, 0)] * 2, "cpu")
+    plan.set_addresses([1 << 20, 1 << 21])
+    plan.set_groups([pack_group(**GROUP)])
+    plan.set_present([True, False], None)
+    plan.flush()
+    assert plan.table[:, 5].tolist() == [1, 0]
+    plan.set_present([True, False], [True, True])
+    plan.flush()
+    uploads = uploads_of(plan)
+    plan.set_present([True, False], None)
+    plan.flush()
+    assert uploads == []
+    assert plan.table[:, 5].tolist() == [3, 2]
+
+
 @pytest.fixture
 def capturing(monkeypatch):
     """Make torch say that the current stream is being captured; no GPU is needed for what the host then does."""
