@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from safetensors.torch import load_file, save_file
 
+from benchmarks.full_size import TASKS, write_tokenizers
 from craft_opt.bridge.features import language_model_of
 from craft_opt.bridge.fingerprints import preprocessor_fingerprint, teacher_fingerprint
 from craft_opt.bridge.policies import (
@@ -86,6 +89,9 @@ def test_verification_sees_a_missing_a_misshapen_and_a_different_weight(teacher_
     edit_weights(teacher_copy, lambda tensors: tensors.update({NAME: right}))
     with pytest.raises(ValueError, match=r"down_proj.weight: other values"):
         verify_weights(policy, weights)
+    edit_weights(teacher_copy, lambda tensors: tensors.update({NAME: policy.state_dict()[NAME], "model.odd": right}))
+    with pytest.raises(ValueError, match=r"0 differ, and 1 in the file have no place \(model.odd: unexpected\)"):
+        verify_weights(policy, weights)
 
 
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])
@@ -132,6 +138,50 @@ def test_a_preprocessor_without_statistics_is_refused(teacher_copy):
     for file in teacher_copy.glob("policy_preprocessor*.safetensors"):
         save_file({"timestamp.mean": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match=r"has no normalisation statistics for action, observation.state; take the"):
+        make_processors(read_policy_config(teacher_copy, ("--device=cpu",)), stats=None)
+
+
+# -- processors of old checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_pi0_fast(world, meta, tmp_path):
+    """Configuration and processors of a real pi0_fast whose action tokenizer cannot be loaded any more."""
+    text, action = write_tokenizers(tmp_path, TASKS)
+    config = PI0FastConfig(
+        text_tokenizer_name=str(text), action_tokenizer_name=str(action), fast_skip_tokens=5, device="cpu"
+    )
+    folder = tmp_path / "old"
+    config.input_features, config.output_features = {}, {}
+    for part in (config, *make_pre_post_processors(config, dataset_stats=meta.stats)):
+        part.save_pretrained(folder)
+    for file in (folder / "config.json", folder / "policy_preprocessor.json"):
+        file.write_text(file.read_text().replace(str(action), "physical-intelligence/fast"))
+    return folder, text, action
+
+
+def test_a_tokenizer_that_does_not_load_is_named_with_the_flag_that_replaces_it(old_pi0_fast, meta):
+    folder, text, action = old_pi0_fast
+    with pytest.raises(ValueError, match=r"(?s)do not load: .*--policy.action_tokenizer_name=physical-intelligence/fast"):
+        make_processors(read_policy_config(folder, ("--device=cpu",)), stats=meta.stats)
+    config = read_policy_config(folder, ("--device=cpu", f"--action_tokenizer_name={action}"))
+    step = make_processors(config, stats=meta.stats)[0].steps[-2]
+    assert step.action_tokenizer.min_token < 0
+    assert (step.fast_skip_tokens, step.paligemma_tokenizer_name) == (5, str(text)), "LeRobot forgets both"
+
+
+def test_a_policy_whose_tokenizer_does_not_load_says_so_too(old_pi0_fast, meta):
+    folder, *_ = old_pi0_fast
+    save_file({"odd": torch.zeros(1)}, folder / "model.safetensors")
+    config = read_policy_config(folder, ("--device=cpu",))
+    with pytest.raises(ValueError, match=r"lerobot/fast-action-tokenizer does; the text tokenizer is gated"):
+        load_policy(config, meta)
+
+
+def test_a_checkpoint_from_before_there_were_processors_is_told_how_to_convert(teacher_copy):
+    for file in teacher_copy.glob("policy_*processor*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"convert it once with: python -m lerobot.processor.migrate_policy_norm"):
         make_processors(read_policy_config(teacher_copy, ("--device=cpu",)), stats=None)
 
 
