@@ -188,9 +188,8 @@ def markdown(document: Mapping[str, Any]) -> str:
             f"{row['extra_bytes'] / 2**20:.1f} |"
         )
     buffer = document["rows"][0]["numel"] * 4 / 2**20
-    lines.append(
-        f"\nOne fp32 gradient buffer is {buffer:.1f} MiB; the peak leaves out what is held between steps, that buffer among it."
-    )
+    held = "the peak leaves out what is held between steps, that buffer among it"
+    lines.append(f"\nOne fp32 gradient buffer is {buffer:.1f} MiB; {held}.")
     return "\n".join(lines)
 
 

@@ -165,17 +165,18 @@ def token_kl(
             f"{tuple(top_ids.shape)} and {tuple(top_logprobs.shape)}"
         )
     # Only the positions that count are looked at: padding may hold inf, and the gradient of inf * 0 is NaN.
-    log_all = functional.log_softmax(logits[mask].float(), dim=-1)
-    ids, log_p = top_ids[mask], top_logprobs[mask].detach().float()
-    p, log_q = log_p.exp(), log_all.gather(-1, ids)
+    scores, ids, log_p = logits[mask].float(), top_ids[mask], top_logprobs[mask].detach().float()
+    p, log_q = log_p.exp(), scores.gather(-1, ids)
     if ids.shape[-1] < logits.shape[-1]:
-        # Summed over the tail itself: 1 − Σ exp(log_q) has no correct digit where the top tokens hold nearly all.
-        tail_log_q = log_all.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        # Summed over the tail itself: 1 − Σ exp(log_q) has no correct digit where the top tokens hold nearly all. And
+        # no log_softmax: of the vocabulary's size this copy alone is kept for the backward.
+        tail_log_q = scores.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
         tail_p = 1.0 - p.sum(dim=-1, keepdim=True)
         # What is left may be rounding alone, whose logarithm means nothing.
         tail_p = torch.where(tail_p > TAIL_ROUNDING, tail_p, 0.0)
         p, log_q = torch.cat([p, tail_p], dim=-1), torch.cat([log_q, tail_log_q], dim=-1)
         log_p = torch.cat([log_p, tail_p.log()], dim=-1)
+    log_q = log_q - log_q.logsumexp(dim=-1, keepdim=True)
     surprise = torch.where(p > 0, p * (log_p - log_q), 0.0)
     per_position = (surprise - p + log_q.exp()).sum(dim=-1)
     return per_position.sum() / mask.sum().clamp(min=1)
