@@ -1,6 +1,7 @@
 """The shards of a cache: frames read and processed, the teacher's forward, tensors written and summed up.
 
-Reading the next batch and writing the last shard go on in threads of their own while the teacher computes.
+Reading the next batch and writing the last shard go on in threads of their own while the teacher computes. Python runs
+one thread at a time, which a large teacher on a GPU does not notice; for a small one, or videos, there are processes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS, OB
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from craft_opt.bridge.anchor_frames import FrameReader
@@ -103,19 +105,24 @@ class Teacher:
     cameras: tuple[str, ...]
     tasks: tuple[str, ...]
 
-    def prepare(self, items: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Process some frames: the batch that the policy reads, and the part of the cache that needs no forward."""
-        images = {key: _stack([item[key] for item in items], key) for key in self.cameras}
-        state = _stack([item[OBS_STATE] for item in items], OBS_STATE)
-        texts = [item["task"] for item in items]
-        demonstrated = self.token_source == "demonstrated"
-        action = _stack([item[ACTION] for item in items], ACTION) if demonstrated else None
-        batch = process_anchors(self.preprocessor, images, state, texts, action)
+    def collect(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Stack some frames: images, state, ``task``, and the actions where the tokens are made from them."""
+        keys = [*self.cameras, OBS_STATE, *([ACTION] if self.token_source == "demonstrated" else [])]
+        return {key: _stack([item[key] for item in items], key) for key in keys} | {
+            "task": [item["task"] for item in items]
+        }
+
+    def process(self, frames: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch that the policy reads, of stacked frames."""
+        images = {key: frames[key] for key in self.cameras}
+        return process_anchors(self.preprocessor, images, frames[OBS_STATE], frames["task"], frames.get(ACTION))
+
+    def kept(self, frames: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the cache keeps of stacked frames, besides the forward's."""
         if self.storage == "reference":
-            return batch, {}
-        kept = {f"{IMAGE_PREFIX}{key}": image for key, image in images.items()}
-        task = torch.tensor([self.tasks.index(text) for text in texts], dtype=torch.int32)
-        return batch, {**kept, STATE: state, TASK: task}
+            return {}
+        task = torch.tensor([self.tasks.index(text) for text in frames["task"]], dtype=torch.int32)
+        return {**{f"{IMAGE_PREFIX}{key}": frames[key] for key in self.cameras}, STATE: frames[OBS_STATE], TASK: task}
 
     @torch.no_grad()
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -157,6 +164,44 @@ def token_rows(logits: Tensor, mask: Tensor, tokens: Tensor, top_k: int) -> dict
         found[TOP_LOGPROBS] = torch.zeros((*mask.shape, top_k), device=mask.device)
         found[TOP_IDS][mask], found[TOP_LOGPROBS][mask] = ids.to(torch.int32), values
     return found
+
+
+class _Chunks(Dataset[tuple[dict[str, Any], dict[str, Any]]]):
+    """Frames read and stacked, chunk by chunk, and processed unless that is left to the caller."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        readers: Sequence[FrameReader],
+        chunks: Sequence[Sequence[tuple[int, int]]],
+        *,
+        process: bool,
+    ) -> None:
+        self._teacher, self._readers, self._chunks, self._process = teacher, readers, chunks, process
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, position: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        frames = self._teacher.collect([self._readers[number](row) for number, row in self._chunks[position]])
+        return frames, self._teacher.process(frames) if self._process else {}
+
+
+def _in_a_thread(work: _Chunks) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    with ThreadPoolExecutor(1, "read-anchors") as reader:
+        ahead: list[Future[Any]] = []
+        try:
+            for position in range(len(work)):
+                while len(ahead) < 2 and position + len(ahead) < len(work):
+                    ahead.append(reader.submit(work.__getitem__, position + len(ahead)))
+                yield ahead.pop(0).result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 @dataclass(frozen=True)
@@ -224,10 +269,14 @@ class ShardWriter:
         teacher: The teacher.
         readers: Read the frames of each dataset.
         batch_size: Frames per forward.
+        num_workers: Processes that read; 0 is a thread.
     """
 
-    def __init__(self, folder: Path, teacher: Teacher, readers: Sequence[FrameReader], batch_size: int) -> None:
-        self._folder, self._teacher, self._readers, self._batch_size = folder, teacher, readers, batch_size
+    def __init__(
+        self, folder: Path, teacher: Teacher, readers: Sequence[FrameReader], batch_size: int, num_workers: int = 0
+    ) -> None:
+        self._folder, self._teacher, self._readers = folder, teacher, readers
+        self._batch_size, self._num_workers = batch_size, num_workers
 
     def write(self, frames: Sequence[tuple[int, int]], shard_size: int, *, progress: bool = True) -> HeldShards:
         """Write what is missing and sum up everything.
@@ -278,20 +327,18 @@ class ShardWriter:
     def _prepared(
         self, chunks: Sequence[Sequence[tuple[int, int]]]
     ) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-        """Processed batches, each made while the one before is computed on."""
-        with ThreadPoolExecutor(1, "read-anchors") as reader:
-            ahead: list[Future[Any]] = []
-            try:
-                for position in range(len(chunks)):
-                    while len(ahead) < 2 and position + len(ahead) < len(chunks):
-                        ahead.append(reader.submit(self._prepare, chunks[position + len(ahead)]))
-                    yield ahead.pop(0).result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+        """Processed batches and what is kept of them, made while the ones before are computed on."""
+        # Only on the CPU: a forked process cannot use the accelerator that its parent uses.
+        in_worker = self._num_workers > 0 and str(self._teacher.policy.config.device) == "cpu"
+        work = _Chunks(self._teacher, self._readers, chunks, process=in_worker or not self._num_workers)
+        for frames, batch in self._in_processes(work) if self._num_workers else _in_a_thread(work):
+            yield batch or self._teacher.process(frames), self._teacher.kept(frames)
 
-    def _prepare(self, members: Sequence[tuple[int, int]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return self._teacher.prepare([self._readers[number](row) for number, row in members])
+    def _in_processes(self, work: _Chunks) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        # A tokenizer that was used warns of every fork unless this is set.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        workers = min(self._num_workers, len(work))
+        return iter(DataLoader(work, batch_size=None, num_workers=workers, collate_fn=_as_it_is))
 
     def _places(self, members: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """Where the frames come from; by reference also what tells them from all others."""

@@ -83,6 +83,7 @@ class AnchorBuild:
         draft: The manifest but for what the shards tell.
         shard_size: Anchors per file.
         batch_size: Anchors per forward of the teacher.
+        num_workers: Processes that read and process frames; 0 is a thread.
     """
 
     output: Path
@@ -92,6 +93,7 @@ class AnchorBuild:
     draft: dict[str, Any]
     shard_size: int
     batch_size: int
+    num_workers: int = 0
 
     def run(self, *, progress: bool = True) -> AnchorManifest:
         """Build the cache, or finish an interrupted build, or return the finished one.
@@ -103,7 +105,7 @@ class AnchorBuild:
         if self.output.exists():
             return _finished(self.output, self.draft)
         folder = _start(self.output, digest([self.draft, self.frames, self.shard_size]))
-        shards = ShardWriter(folder, self.teacher, self.readers, self.batch_size)
+        shards = ShardWriter(folder, self.teacher, self.readers, self.batch_size, self.num_workers)
         held = shards.write(self.frames, self.shard_size, progress=progress)
         manifest = AnchorManifest(
             **{**self.draft, "sources": [SourceInfo(**source) for source in self.draft["sources"]]},
@@ -165,6 +167,7 @@ def prepare_build(
     seed: int = 0,
     shard_size: int = 64,
     batch_size: int = 16,
+    num_workers: int = 0,
     token_source: str | None = None,
     normalization_stats: str = "teacher",
     stats_source: AnchorSource | None = None,
@@ -189,6 +192,7 @@ def prepare_build(
         seed: Seed of the selection.
         shard_size: Anchors per file.
         batch_size: Anchors per forward of the teacher.
+        num_workers: Processes that read and process frames; 0 is a thread.
         token_source: ``demonstrated`` (the dataset's actions) or ``teacher`` (what it generates itself); None is the
             former for ``hidden`` and the latter for ``token_ce``.
         normalization_stats: ``teacher`` or ``dataset``; with the latter, ``stats_source`` is the new skill's dataset.
@@ -209,7 +213,7 @@ def prepare_build(
         ("action-tokens", token_source, TOKEN_SOURCES),
         ("normalization_stats", normalization_stats, ("teacher", "dataset")),
     )
-    _check_numbers(num_samples, fraction, shard_size, batch_size, kind, top_k)
+    _check_numbers(num_samples, fraction, shard_size, batch_size, num_workers, kind, top_k)
     if not sources:
         raise ValueError("anchors need at least one dataset of old skills: --dataset.repo_id=<name>")
     if (normalization_stats == "dataset") != (stats_source is not None):
@@ -266,7 +270,7 @@ def prepare_build(
         "seed": seed,
     }
     readers = [FrameReader(dataset, teacher.cameras, renames) for dataset in datasets]
-    return AnchorBuild(Path(output), teacher, readers, frames, draft, shard_size, batch_size)
+    return AnchorBuild(Path(output), teacher, readers, frames, draft, shard_size, batch_size, num_workers)
 
 
 def select_frames(
@@ -309,7 +313,13 @@ def _check_choices(*settings: tuple[str, Any, Sequence[str]]) -> None:
 
 
 def _check_numbers(
-    num_samples: int | None, fraction: float | None, shard_size: int, batch_size: int, kind: str, top_k: int | None
+    num_samples: int | None,
+    fraction: float | None,
+    shard_size: int,
+    batch_size: int,
+    num_workers: int,
+    kind: str,
+    top_k: int | None,
 ) -> None:
     if (num_samples is None) == (fraction is None):
         raise ValueError("give the number of anchors with --num-samples=<n>, or their share with --fraction=<0..1>")
@@ -318,6 +328,8 @@ def _check_numbers(
     for name, number in (("num-samples", num_samples), ("shard-size", shard_size), ("batch-size", batch_size)):
         if number is not None and number < 1:
             raise ValueError(f"--{name} must be at least 1, got {number}")
+    if num_workers < 0:
+        raise ValueError(f"--num-workers must be at least 0, got {num_workers}")
     if kind == "hidden" and top_k is not None:
         raise ValueError(f"--top-k={top_k} goes with --kind=token_ce: a hidden cache keeps no tokens of the teacher's")
 

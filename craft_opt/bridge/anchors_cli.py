@@ -109,6 +109,7 @@ def _add_build_flags(build: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of the selection")
     add("--shard-size", type=int, default=64, help="anchors per file")
     add("--batch-size", type=int, default=16, help="anchors per forward of the teacher")
+    add("--num-workers", type=int, default=0, help="processes that read frames, for videos; 0 is a thread")
     add("--normalization_stats", default="teacher", help="teacher or dataset; as the fine-tuning run will")
     add("--stats.repo_id", dest="stats_repo_id", help="for --normalization_stats=dataset: the new skill's dataset")
     add("--stats.root", dest="stats_root", help="its folder")
@@ -146,6 +147,7 @@ def _build(args: argparse.Namespace) -> int:
         seed=args.seed,
         shard_size=args.shard_size,
         batch_size=args.batch_size,
+        num_workers=args.num_workers,
         token_source=args.action_tokens,
         normalization_stats=args.normalization_stats,
         stats_source=AnchorSource(args.stats_repo_id, args.stats_root) if args.stats_repo_id else None,

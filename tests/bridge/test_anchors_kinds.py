@@ -203,6 +203,13 @@ def test_frames_that_are_not_in_the_table_are_read_through_lerobot(world):
         assert all(torch.equal(one[k], other[k]) if k != "task" else one[k] == other[k] for k in one)
 
 
+@pytest.mark.parametrize("kind", ["hidden", "token_ce"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # DataLoader's way of starting
+def test_processes_that_read_make_the_same_cache(world, tmp_path, kind):
+    one, other = (build(world, tmp_path / str(n), kind=kind, num_workers=n) for n in (0, 2))
+    assert one == other
+
+
 # -- selection -------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +235,8 @@ def test_a_teacher_can_be_prepared_without_demonstrated_actions(prepared):
     """Its own tokens need none, and making them is most of what processing costs."""
     assert isinstance(prepared.teacher, Teacher)
     items = [prepared.readers[number](row) for number, row in prepared.frames[:2]]
-    batch, _ = prepared.teacher.prepare([{k: v for k, v in item.items() if k != ACTION} for item in items])
+    teacher = prepared.teacher
+    batch = teacher.process(teacher.collect([{k: v for k, v in item.items() if k != ACTION} for item in items]))
     assert ACTION_TOKENS not in batch
 
 
