@@ -159,6 +159,22 @@ def test_the_teacher_on_the_fly_serves_layers_that_the_cache_has_not(world, tmp_
     assert seen[-1].retention_loss > 1e-8
 
 
+@pytest.mark.parametrize("settings", [{"kind": "token_ce"}, {"storage": "reference"}], ids=["tokens", "by reference"])
+def test_the_teacher_on_the_fly_needs_samples_only(world, tmp_path, settings):
+    """A cache of tokens holds no features, one by reference no images: both know the samples."""
+    cache = tmp_path / "cache"
+    given = {"num_samples": 8, "batch_size": 4, "policy_overrides": ["--device=cpu"], "progress": False}
+    build_cache(cache, world.teacher, [world.source()], **given, **settings)
+    run = prepare(config(world, tmp_path / "out", steps=4))
+    term = OnTheFlyTeacher(AnchorCache.open(cache), run.preprocessor, run.cfg.craft, 0)
+    policy = run.parts.policy
+    assert term.loss(policy, 4).item() == 0.0
+    assert term.spec == FeatureSpec((1, 2), "action_tokens")
+    run_steps(run, progress=False)
+    assert term.loss(policy, 4).item() > 1e-6
+    assert term.mean_loss(policy) == pytest.approx(term.drift(policy), rel=1e-6), "the run's loss is nmse"
+
+
 # -- saved and loaded ------------------------------------------------------------------------------------------------
 
 

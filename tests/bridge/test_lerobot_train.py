@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from lerobot.configs.default import DatasetConfig
+from lerobot.configs.default import DatasetConfig, PeftConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.optim import AdamWConfig
 from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
@@ -19,8 +19,9 @@ from lerobot.scripts import lerobot_train as lerobots
 from safetensors.torch import load_file
 
 from craft_opt import CraftOptimizer
-from craft_opt.bridge import lerobot_train
+from craft_opt.bridge import lerobot_train, loop
 from craft_opt.bridge.config import CraftAdamWConfig, resume_config
+from craft_opt.bridge.loop import prepare
 from craft_opt.bridge.loop import train as train_explicitly
 from craft_opt.bridge.policies import read_policy_config
 from tests.support.asserts import assert_same_bits
@@ -41,8 +42,8 @@ def records_of(output_dir):
     return [{name: value for name, value in json.loads(line).items() if name in COMPARED} for line in lines]
 
 
-def assert_same_weights(found, expected):
-    found, expected = load_file(found / WEIGHTS), load_file(expected / WEIGHTS)
+def assert_same_weights(found, expected, name="model.safetensors"):
+    found, expected = (load_file(folder / "pretrained_model" / name) for folder in (found, expected))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert_same_bits(found[name], tensor, name)
@@ -66,6 +67,33 @@ def test_the_attached_loop_is_the_explicit_loop(world, tmp_path):
     assert [("retention_loss" in record) for record in records] == [True, False] * 3 + [True]
     assert records[-1]["lambda"] != 1.0
     assert_same_weights(attached.checkpoint, explicit.checkpoint)
+
+
+@pytest.mark.parametrize("what", ["adapters", "gradient checkpointing", "compiled"])
+def test_the_attached_loop_is_the_explicit_loop_also_with(world, tmp_path, what):
+    """What PEFT, checkpointing and torch.compile do to the policy, and accelerate after them."""
+
+    def config(output_dir):
+        cfg = run_config(world, output_dir, steps=4)
+        if what == "adapters":
+            cfg.peft = PeftConfig(target_modules=r".*language_model.*\.(q_proj|down_proj)", r=4, lora_alpha=8)
+        elif what == "gradient checkpointing":
+            cfg._arguments.append("--policy.gradient_checkpointing=true")
+        return cfg
+
+    def compiled(run):
+        if what == "compiled":
+            run.parts.policy.model.forward = torch.compile(run.parts.policy.model.forward, backend="eager")
+        return run
+
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (loop, lerobot_train):
+            patched.setattr(module, "prepare", lambda cfg: compiled(prepare(cfg)))
+        explicit = train_explicitly(config(tmp_path / "explicit"), progress=False)
+        attached = lerobot_train.train(config(tmp_path / "attached"))
+    assert records_of(tmp_path / "attached") == records_of(tmp_path / "explicit")
+    name = "adapter_model.safetensors" if what == "adapters" else "model.safetensors"
+    assert_same_weights(attached.checkpoint, explicit.checkpoint, name)
 
 
 def test_lerobots_clip_is_off_and_the_optimizers_is_on(world, tmp_path):
