@@ -74,7 +74,8 @@ def test_the_core_works_without_lerobot_triton_and_a_gpu():
         import sys
 
         class Absent:
-            names = {"lerobot", "triton", "transformers", "metaworld", "mujoco", "datasets", "matplotlib", "kernels"}
+            names = {"lerobot", "triton", "transformers", "metaworld", "mujoco", "datasets", "matplotlib", "kernels",
+                     "numba"}
             asked = set()
 
             def find_spec(self, name, path=None, target=None):
@@ -89,7 +90,7 @@ def test_the_core_works_without_lerobot_triton_and_a_gpu():
 
         assert "triton" in absent.asked, "the kernels never tried triton, so this test shows nothing"
         assert not torch.cuda.is_initialized(), "import craft_opt initialised CUDA"
-        for name in ("lerobot", "transformers", "metaworld"):
+        for name in ("lerobot", "transformers", "metaworld", "numba"):
             assert name not in absent.asked, f"import craft_opt tried to import {name}"
 
         p = torch.nn.Parameter(torch.ones(3))

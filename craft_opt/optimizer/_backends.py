@@ -370,7 +370,10 @@ class TritonBackend:
 @cache
 def numba_is_available() -> bool:
     """Whether Numba is installed."""
-    return find_spec("numba") is not None
+    try:
+        return find_spec("numba") is not None
+    except ModuleNotFoundError:  # an import hook that hides it
+        return False
 
 
 def _packed(groups: Sequence[Mapping[str, Any]]) -> list[tuple[float, ...]]:

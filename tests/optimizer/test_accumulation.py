@@ -337,3 +337,29 @@ def test_plain_adamw_never_allocates_a_retention_buffer():
     opt = craft(model)
     train(model, opt, batches(2), every=0)
     assert opt._layouts[0].buffers.grads_ret == {}
+
+
+def test_a_loop_that_clears_with_the_modules_zero_grad_may_capture():
+    """It passes the optimizer by, so the optimizer sees by empty .grad that a new step began."""
+    model, other = make_model(), make_model()
+    opt, explicit = craft(model), craft(other)
+    for batch in batches(4):
+        loss = ret_loss(model, batch)
+        loss.backward()
+        opt.capture_retention(loss)
+        task_loss(model, batch).backward()
+        opt.step()
+        model.zero_grad()
+    train(other, explicit, batches(4))
+    assert_same_bits(flat_params(model), flat_params(other), "capture_retention")
+    task_loss(model, batches(1)[0]).backward()
+    ret_loss(model, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match="gradients of 2 backward passes"):
+        opt.capture_retention(1.0)
+
+
+def test_a_replay_is_refused_where_nothing_can_have_been_captured():
+    model = make_model()
+    opt = craft(model)
+    with pytest.raises(RuntimeError, match="Triton backend on one CUDA device"):
+        opt.prepare_replay()
