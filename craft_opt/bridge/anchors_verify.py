@@ -13,8 +13,14 @@ from peft import PeftConfig, PeftModel
 
 from craft_opt.bridge.anchor_cache import AnchorCache
 from craft_opt.bridge.anchor_frames import AnchorSource
-from craft_opt.bridge.policies import find_weights, make_processors, precision_context, read_policy_config
-from craft_opt.bridge.policies import verify_weights as check_weights
+from craft_opt.bridge.policies import (
+    find_weights,
+    make_processors,
+    precision_context,
+    read_policy_config,
+    verify_adapters,
+    verify_weights,
+)
 from craft_opt.bridge.retention_term import (
     CE_TOLERANCE,
     DRIFT_ANCHORS,
@@ -86,11 +92,14 @@ def _retention(cache: AnchorCache, preprocessor: PolicyProcessorPipeline, token_
 def _load(config: PreTrainedConfig) -> torch.nn.Module:
     """The policy by itself: LeRobot's ``make_policy`` wants a dataset, and the cache's may be gone."""
     weights = find_weights(config)
+    assert weights is not None, "the path was given"
     kind = get_policy_class(config.type)
-    if weights is None:
+    if config.use_peft:
         adapter = PeftConfig.from_pretrained(str(config.pretrained_path))
-        base = kind.from_pretrained(adapter.base_model_name_or_path, config=config)
-        return PeftModel.from_pretrained(base, str(config.pretrained_path), config=adapter).eval()
-    policy = kind.from_pretrained(config.pretrained_path, config=config, revision=config.pretrained_revision)
-    check_weights(policy, weights)
+        base = kind.from_pretrained(adapter.base_model_name_or_path, config=config, revision=adapter.revision)
+        policy = PeftModel.from_pretrained(base, str(config.pretrained_path), config=adapter)
+        verify_adapters(policy, weights)
+    else:
+        policy = kind.from_pretrained(config.pretrained_path, config=config, revision=config.pretrained_revision)
+        verify_weights(policy, weights)
     return policy.to(config.device).eval()

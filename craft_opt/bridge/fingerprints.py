@@ -32,10 +32,13 @@ def digest(value: Any) -> str:
 
 
 def teacher_fingerprint(policy: nn.Module) -> str:
-    """Fingerprint of every weight (name, dtype, shape, bytes) and of the settings that change the forward."""
+    """Fingerprint of every weight (name, dtype, shape, bytes) and of the settings that change the forward.
+
+    In PEFT it is the base's as long as the adapters are off or still change nothing, and another one after that.
+    """
     base = pi0_fast_of(policy)
     sha = hashlib.sha256()
-    for name, tensor in sorted(base.state_dict().items()):
+    for name, tensor in sorted(_weights_at_work(base).items()):
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         sha.update(_bytes_of(tensor))
     settings = (base.config.type, base.config.dtype, list(base.config.image_resolution))
@@ -50,6 +53,33 @@ def preprocessor_fingerprint(preprocessor: PolicyProcessorPipeline) -> str:
     """
     skipped = (DeviceProcessorStep, RenameObservationsProcessorStep)
     return digest([_describe(step) for step in preprocessor.steps if not isinstance(step, skipped)])
+
+
+def _weights_at_work(base: nn.Module) -> dict[str, Tensor]:
+    """Weights under the names that they have without PEFT, and those of adapters that change the forward."""
+    idle: list[str] = []
+    for name, module in base.named_modules():
+        parts: tuple[str, ...] = getattr(module, "adapter_layer_names", ())
+        if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
+            parts = ("modules_to_save",)
+        if parts and (module.disable_adapters or _changes_nothing(module)):
+            idle += [f"{name}.{part}." for part in parts]
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in base.state_dict().items()
+        if not name.startswith(tuple(idle))
+    }
+
+
+def _changes_nothing(module: Any) -> bool:
+    """Whether an adapter is as PEFT began it: LoRA's second factor zero, a module to save equal to the original."""
+    if hasattr(module, "original_module"):
+        original = module.original_module.state_dict()
+        copies = [module.modules_to_save[name].state_dict() for name in module.active_adapters]
+        return all(torch.equal(copy[name], tensor) for copy in copies for name, tensor in original.items())
+    seconds = [p for n, p in module.named_parameters() if n.startswith(("lora_B.", "lora_embedding_B."))]
+    # Adapters of other kinds have no such factor: taken to change something.
+    return bool(seconds) and not any(torch.count_nonzero(p) for p in seconds)
 
 
 def _describe(step: ProcessorStep) -> dict[str, Any]:
