@@ -427,3 +427,25 @@ def test_a_run_that_reuses_resumes_to_the_same_bits(world, tmp_path):
     ]
     again = load_file(checkpoints / "000006/pretrained_model/model.safetensors")
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+# -- with LeRobot's own settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_tokens_in_bf16_are_within_their_tolerance(world, tmp_path, capsys, loss):
+    overrides = ["--device=cpu", "--dtype=bfloat16"]
+    cache = make_cache(world, tmp_path / "cache", kind="token_ce", top_k=4, policy_overrides=overrides)
+    extra = ("--retention-mode=token_ce", f"--craft.token_loss={loss}", "--policy.dtype=bfloat16", "--dry-run")
+    # Another batch size than the cache's, so that rounding differs.
+    assert cli.main(flags(world, tmp_path / "out", cache, *extra, "--craft.anchor_batch_size=3")) == 0
+    assert float(re.search(r"Drift before step 0: (\S+)", capsys.readouterr().out)[1]) < 1e-2
+
+
+def test_an_adapter_retains_tokens(world, token_cache, tmp_path):
+    peft = ["--peft.method_type=LORA", "--peft.r=4", r"--peft.target_modules=.*self_attn\.(q|v)_proj"]
+    extra = ("--retention-mode=token_ce", "--dry-run", *peft, "--policy.gradient_checkpointing=true")
+    assert cli.main(flags(world, tmp_path / "out", token_cache, *extra)) == 0
+    records = metrics_of(tmp_path / "out")
+    assert records[0]["retention_loss"] == pytest.approx(0, abs=1e-6)
+    assert records[2]["retention_loss"] > 0
