@@ -1,6 +1,7 @@
 """Fine-tune a pi0_fast of full size, random weights, in every retention mode: seconds a step, memory, shares.
 
-``python -m benchmarks.full_size``: 3.45 B parameters in bf16, on a CUDA machine with 80 GiB or more; ten minutes.
+``python -m benchmarks.full_size``: 3.45 B parameters in bf16, on a CUDA device: 7 GB of weights, 14 GB of gradients of
+both kinds, 28 GB of moments, and the activations.
 ``python -m benchmarks.full_size --tiny``: the same path on the CPU with the tiny policy; says nothing about speed.
 
 No checkpoint is downloaded. The policy is LeRobot's own ``pi0_fast`` with local tokenizers, saved, and loaded by every
@@ -301,7 +302,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="the tiny policy on the CPU: the same path, no figures")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
@@ -311,9 +312,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--periods", type=int, default=3, help="periods of K steps that are measured, after one more")
     parser.add_argument("--anchors", type=int, default=32)
     parser.add_argument("--output", type=Path, help="results file (default: in benchmarks/results)")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
     if not options.tiny and not torch.cuda.is_available():
-        parser.exit(
+        parser().exit(
             2,
             "error: the full-size policy needs a CUDA device, and torch finds none here; run it on a machine with one, "
             "or the same path on the CPU with --tiny\n",

@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.pi0_fast import modeling_pi0_fast
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
 from benchmarks import full_size
+from craft_opt.bridge.quickstart.configuration_pi0_fast_tiny import PI0FastTinyConfig
+from craft_opt.bridge.quickstart.modeling_pi0_fast_tiny import TinyPaliGemma
 
 
 def test_without_a_gpu_it_says_what_it_needs(capsys, monkeypatch):
@@ -60,3 +63,20 @@ def test_its_tokenizers_work_in_lerobots_own_pi0_fast(tmp_path):
     assert mask.sum(dim=1).tolist() == [mask[0].sum().item()] * 2
     assert mask[0].sum() >= full_size.FAST["frequencies"] * 4
     assert tokens.max() < 257152, "inside the vocabulary of the network"
+
+
+def test_lerobots_own_pi0_fast_goes_the_whole_path(tmp_path, monkeypatch):
+    """Its class, loader, tokenizers by name, processors and bf16, saved and loaded; only the network is small."""
+    sizes = {"width": 32, "depth": 2, "mlp_dim": 32, "num_heads": 2, "head_dim": 16, "image_resolution": (32, 32)}
+    vision = {"vision_width": 16, "vision_depth": 1, "vision_mlp_dim": 16, "vision_heads": 2}
+    small = PI0FastTinyConfig(**sizes, **vision, dtype="bfloat16", device="cpu")
+    monkeypatch.setattr(modeling_pi0_fast, "PI0FastPaliGemma", lambda *_, **__: TinyPaliGemma(small, vocab_size=1024))
+    size = full_size.Size("small", side=32, cameras=2, device="cpu")
+    options = full_size.parser().parse_args(["--retention-freq=2", "--periods=1", "--anchors=8", "--batch-size=2"])
+    found = full_size.measure(size, tmp_path, options)
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    assert (config["type"], config["dtype"]) == ("pi0_fast", "bfloat16")
+    for mode, result in found["modes"].items():
+        assert result["skipped_steps"] == 0
+        # bf16: another batch size than the cache's changes the last bit of a feature.
+        assert [loss < 1e-2 for loss in result["retention_loss"][:1]] == [True] * (mode != "none")

@@ -69,12 +69,13 @@ def test_the_attached_loop_is_the_explicit_loop(world, tmp_path):
     assert_same_weights(attached.checkpoint, explicit.checkpoint)
 
 
-@pytest.mark.parametrize("what", ["adapters", "gradient checkpointing", "compiled"])
+@pytest.mark.parametrize("what", ["adapters", "gradient checkpointing", "compiled", "reuse", "none"])
 def test_the_attached_loop_is_the_explicit_loop_also_with(world, tmp_path, what):
-    """What PEFT, checkpointing and torch.compile do to the policy, and accelerate after them."""
+    """What PEFT, checkpointing and torch.compile do to the policy, and accelerate after them; other settings."""
+    craft = {"reuse": {"off_steps": "reuse"}, "none": {"enabled": False, "anchor_cache_dir": ""}}.get(what, {})
 
     def config(output_dir):
-        cfg = run_config(world, output_dir, steps=4)
+        cfg = run_config(world, output_dir, steps=4, craft=craft)
         if what == "adapters":
             cfg.peft = PeftConfig(target_modules=r".*language_model.*\.(q_proj|down_proj)", r=4, lora_alpha=8)
         elif what == "gradient checkpointing":
@@ -113,18 +114,21 @@ def test_lerobots_clip_is_off_and_the_optimizers_is_on(world, tmp_path):
     assert saved["optimizer"]["grad_clip_norm"] == 0.01, "and a resumed run has it too"
 
 
-def test_resumed_is_uninterrupted(world, tmp_path):
-    whole = lerobot_train.train(run_config(world, tmp_path / "whole"))
-    first = run_config(world, tmp_path / "halves", save_freq=4)
+@pytest.mark.parametrize("off_steps", ["skip", "reuse"])
+def test_resumed_is_uninterrupted(world, tmp_path, off_steps):
+    """Between two measuring steps: a reused gradient is in the checkpoint."""
+    craft = {"off_steps": off_steps}
+    whole = lerobot_train.train(run_config(world, tmp_path / "whole", craft=craft))
+    first = run_config(world, tmp_path / "halves", save_freq=3, craft=craft)
     stop = RuntimeError("killed")
 
     def kill(record):
-        if record.step == 6:
+        if record.step == 5:
             raise stop
 
     with pytest.raises(RuntimeError, match="killed"):
         lerobot_train.train(first, on_step=kill)
-    checkpoint = tmp_path / "halves" / "checkpoints" / "000004"
+    checkpoint = tmp_path / "halves" / "checkpoints" / "000003"
     resumed = lerobot_train.train(resume_config(checkpoint))
     assert records_of(tmp_path / "halves") == records_of(tmp_path / "whole")
     assert_same_weights(resumed.checkpoint, whole.checkpoint)
