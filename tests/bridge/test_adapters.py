@@ -7,6 +7,7 @@ import pytest
 import torch
 from lerobot.configs.default import PeftConfig
 from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from safetensors.torch import load_file, save_file
 
 from craft_opt import CraftConfig
@@ -22,6 +23,7 @@ from craft_opt.bridge.features import FeatureSpec, hidden_features
 from craft_opt.bridge.fingerprints import teacher_fingerprint
 from craft_opt.bridge.loop import prepare, run_steps, train
 from craft_opt.bridge.policies import has_adapters, load_policy, make_processors, merged_fingerprint, read_policy_config
+from craft_opt.bridge.quickstart.modeling_pi0_fast_tiny import PI0FastTinyPolicy
 from craft_opt.bridge.retention_term import HiddenRetention
 from tests.support.asserts import assert_same_bits
 
@@ -215,12 +217,24 @@ def test_an_adapter_with_a_weight_missing_is_refused(trained, meta, tmp_path):
         load_policy(load(folder), meta)
 
 
-def test_an_adapter_whose_base_is_gone_or_another_is_refused(world, trained, meta, tmp_path):
+def test_an_adapter_whose_base_is_gone_is_refused(world, trained, meta, tmp_path):
     folder = adapter_copy(trained, tmp_path)
     settings = json.loads((folder / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(tmp_path / "moved")
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(FileNotFoundError, match=r"was trained on .*moved, which is not there"):
+        load_policy(load(folder), meta)
+
+
+def test_a_base_that_was_not_loaded_whole_is_refused_under_an_adapter(world, trained, meta, tmp_path, monkeypatch):
+    """pi0_fast's own from_pretrained prints a line where a weight is missing."""
+    monkeypatch.setattr(PI0FastTinyPolicy, "from_pretrained", classmethod(PI0FastPolicy.from_pretrained.__func__))
+    base, folder = shutil.copytree(world.teacher, tmp_path / "base"), adapter_copy(trained, tmp_path)
+    settings = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    assert load_policy(load(folder), meta) is not None
+    edit(base / "model.safetensors", lambda tensors: tensors.pop(next(n for n in tensors if "layers.1.mlp" in n)))
+    with pytest.raises(ValueError, match=r"base/model.safetensors did not load every weight: of \d+ tensors 1 are"):
         load_policy(load(folder), meta)
 
 
