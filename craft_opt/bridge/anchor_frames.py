@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
+from httpx import HTTPError
 from lerobot.datasets import LeRobotDataset
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
@@ -111,6 +113,7 @@ class FrameReader:
             set(self._cameras.values()) <= set(meta.image_keys)
             and not meta.has_language_columns
             and set(self._deltas) <= {self._action}
+            and all(_is_list(self._table.column(key).type) for key in (self._state, self._action))
         )
         self._episode = self._table.column("episode_index").to_numpy()
         self._absolute = self._table.column("index").to_numpy()
@@ -234,13 +237,18 @@ def _reopened(folder: Path, info: SourceInfo, manifest: AnchorManifest) -> Frame
     where = info.root or "LeRobot's own folder or the hub"
     try:
         return FrameReader(source.open(), manifest.cameras, manifest.rename_map)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        gone = isinstance(error, OSError)
+    except (OSError, HTTPError, ValueError, KeyError, IndexError) as error:
+        gone = isinstance(error, OSError | HTTPError)
         raise (FileNotFoundError if gone else ValueError)(
             f"{folder} refers to frames of dataset {info.repo_id} ({where}), which "
             f"{'cannot be opened' if gone else 'does not fit any more'} ({error}); put the dataset back as it was, or "
             f"build a cache that needs none with --storage=self_contained: {rebuild_hint(folder)}"
         ) from error
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    """Whether a column holds vectors; LeRobot stores those of width 1 as plain numbers."""
+    return pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _decoded(cell: Mapping[str, Any]) -> Tensor:

@@ -200,8 +200,23 @@ def _in_a_thread(work: _Chunks) -> Iterator[tuple[dict[str, Any], dict[str, Any]
                 future.cancel()
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
+def _in_processes(work: _Chunks, num_workers: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    # A tokenizer that was used warns of every fork unless this is set.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loader = DataLoader(work, batch_size=None, num_workers=min(num_workers, len(work)), collate_fn=_as_arrays)
+    for parts in loader:
+        frames, batch = (
+            {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in p.items()} for p in parts
+        )
+        yield frames, batch
+
+
+def _as_arrays(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Tensors as arrays: those go through the pipe as bytes, where every tensor would open a file and a socket."""
+    return [
+        {k: v.numpy() if isinstance(v, Tensor) and v.dtype != torch.bfloat16 else v for k, v in p.items()}
+        for p in parts
+    ]
 
 
 @dataclass(frozen=True)
@@ -331,14 +346,8 @@ class ShardWriter:
         # Only on the CPU: a forked process cannot use the accelerator that its parent uses.
         in_worker = self._num_workers > 0 and str(self._teacher.policy.config.device) == "cpu"
         work = _Chunks(self._teacher, self._readers, chunks, process=in_worker or not self._num_workers)
-        for frames, batch in self._in_processes(work) if self._num_workers else _in_a_thread(work):
+        for frames, batch in _in_processes(work, self._num_workers) if self._num_workers else _in_a_thread(work):
             yield batch or self._teacher.process(frames), self._teacher.kept(frames)
-
-    def _in_processes(self, work: _Chunks) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        # A tokenizer that was used warns of every fork unless this is set.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        workers = min(self._num_workers, len(work))
-        return iter(DataLoader(work, batch_size=None, num_workers=workers, collate_fn=_as_it_is))
 
     def _places(self, members: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """Where the frames come from; by reference also what tells them from all others."""

@@ -193,6 +193,18 @@ def test_only_a_cache_by_reference_needs_its_dataset(other_form):
     assert not (other_form.parent / "data").exists(), "LeRobot must not have begun one of that name"
 
 
+def test_a_dataset_that_is_nowhere_is_refused(other_form):
+    """One that is found by its name alone, and that neither this machine nor the hub (offline here) has."""
+    if AnchorManifest.read(other_form).storage == "self_contained":
+        return
+    [source] = content_of(other_form)["sources"]
+    reseal(other_form, sources=[source | {"root": None, "repo_id": "local/nowhere"}])
+    with pytest.raises(
+        FileNotFoundError, match=r"dataset local/nowhere \(LeRobot's own folder or the hub\), which cannot"
+    ):
+        AnchorCache.open(other_form)
+
+
 # -- datasets that changed -------------------------------------------------------------------------------------------
 
 
