@@ -174,6 +174,40 @@ def test_a_run_in_another_folder_finds_a_relative_dataset(world, tmp_path, monke
     assert len(AnchorCache.open(tmp_path / "out").gather([0, 1]).tasks) == 2
 
 
+@pytest.mark.parametrize("settings", [{"kind": "token_ce"}, {"storage": "reference"}])
+def test_an_interrupted_build_of_every_form_goes_on(world, tmp_path, settings):
+    whole = build(world, tmp_path / "whole", **settings)
+    prepared = prepare_build(
+        tmp_path / "out",
+        world.teacher,
+        [world.source()],
+        num_samples=10,
+        shard_size=4,
+        batch_size=4,
+        policy_overrides=["--device=cpu"],
+        **settings,
+    )
+    forward, calls = prepared.teacher.forward, []
+
+    def stopped(batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(batch)
+
+    # Frozen against accidents, not against tests.
+    object.__setattr__(prepared.teacher, "forward", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepared.run(progress=False)
+    partial = tmp_path / "out.partial"
+    first = partial / "shard-00000.safetensors"
+    written = first.stat().st_mtime_ns
+    assert [file.name for file in sorted(partial.glob("shard-*"))] == [first.name]
+    assert prepared.run(progress=False) == whole
+    assert (tmp_path / "out" / first.name).stat().st_mtime_ns == written
+    assert len(calls) == 2 + 2, "the finished shard was not computed again"
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
