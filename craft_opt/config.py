@@ -9,6 +9,7 @@ RETENTION_LOSSES = ("nmse", "mse", "cosine", "l1")
 EPSILON_SCHEDULES = ("linear", "cosine", "exponential")
 PROJECTION_MODES = ("weighted", "equal", "task_priority")
 TOKEN_LOSSES = ("kl", "ce")
+TEACHERS = ("cache", "adapters_off")
 LAMBDA_CONTROLLERS = ("ascent", "nupi")
 EPSILON_MODES = ("schedule", "auto")
 OFF_STEPS = ("skip", "reuse")
@@ -47,6 +48,9 @@ class CraftConfig:
             ``task_priority`` (g_t' + min(λ, 1) g_r).
         anchor_cache_weights: Weights of the caches where ``anchor_cache_dir`` names several, as text with commas,
             such as ``2,1``; empty means equal weights. They are normalised to a sum of 1.
+        teacher: Where the teacher's features come from under ``hidden``: ``cache`` (stored) or ``adapters_off``
+            (computed at every retention step by the policy itself with its LoRA adapters switched off; the cache gives
+            the samples alone).
         token_loss: Distance for ``token_ce``: ``kl`` (to the teacher's stored top-k distribution) or ``ce`` (CE of the
             stored tokens minus the teacher's own CE); both are 0 where nothing has drifted.
         off_steps: What happens between the steps that measure retention: ``skip`` (plain AdamW) or ``reuse`` (project
@@ -94,6 +98,7 @@ class CraftConfig:
     conflict_threshold: float = -0.1
     projection_mode: str = "weighted"
     anchor_cache_weights: str = ""
+    teacher: str = "cache"
     token_loss: str = "kl"
     off_steps: str = "skip"
     reuse_decay: float = 1.0
@@ -115,6 +120,7 @@ class CraftConfig:
         _check_choice("retention_loss", self.retention_loss, RETENTION_LOSSES)
         _check_choice("epsilon_schedule", self.epsilon_schedule, EPSILON_SCHEDULES)
         _check_choice("projection_mode", self.projection_mode, PROJECTION_MODES)
+        _check_choice("teacher", self.teacher, TEACHERS)
         _check_choice("token_loss", self.token_loss, TOKEN_LOSSES)
         _check_choice("off_steps", self.off_steps, OFF_STEPS)
         _check_choice("lambda_controller", self.lambda_controller, LAMBDA_CONTROLLERS)
@@ -136,6 +142,11 @@ class CraftConfig:
         _check_range("epsilon_auto_fraction", self.epsilon_auto_fraction, SMALLEST_FRACTION, 1.0)
         _check_range("epsilon_auto_steps", self.epsilon_auto_steps, 1)
         _check_range("rounding_seed", self.rounding_seed, 0, 2**31 - 1)
+        if self.teacher == "adapters_off" and self.retention_mode != "hidden":
+            raise ValueError(
+                f"teacher='adapters_off' gives features, and retention_mode is {self.retention_mode!r}; "
+                f"use retention_mode='hidden' or teacher='cache'"
+            )
         if self.epsilon_schedule == "exponential" and min(self.epsilon_start, self.epsilon_end) <= 0:
             raise ValueError(
                 f"epsilon_schedule='exponential' needs epsilon_start and epsilon_end above 0, got "

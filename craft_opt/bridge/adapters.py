@@ -6,6 +6,7 @@ bit; :class:`OnTheFlyTeacher` takes the teacher's features from it at every rete
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +21,18 @@ from craft_opt.bridge.features import (
     DEFAULT_POOLING,
     Features,
     FeatureSpec,
+    depth_of,
     hidden_features,
     retention_loss,
 )
 from craft_opt.bridge.policies import has_adapters
-from craft_opt.bridge.retention_term import DRIFT_ANCHORS, DRIFT_TOLERANCE, CacheRetention
+from craft_opt.bridge.retention_term import (
+    DRIFT_ANCHORS,
+    DRIFT_TOLERANCE,
+    CacheRetention,
+    ExpectedFeatures,
+    MakeTerm,
+)
 from craft_opt.config import CraftConfig
 
 # What PEFT puts beside the base's weights and switches off together with the adapters.
@@ -135,3 +143,20 @@ class OnTheFlyTeacher(CacheRetention):
             for layer, values in found.by_layer.items():
                 collected[layer].append(values[found.mask].double())
         return {layer: torch.cat(rows).var(dim=0, correction=0).mean().item() for layer, rows in collected.items()}
+
+
+def teacher_within(policy: nn.Module, expected: ExpectedFeatures) -> MakeTerm:
+    """What makes :class:`OnTheFlyTeacher` of a cache, at the layers and pooling that the run asks for.
+
+    Raises:
+        ValueError: The policy has no adapters, or its base is trained.
+    """
+    check_base_is_frozen(policy)
+    spec = None
+    if expected != ExpectedFeatures():
+        spec = FeatureSpec.resolve(
+            DEFAULT_LAYERS if expected.layers is None else expected.layers,
+            DEFAULT_POOLING if expected.pooling is None else expected.pooling,
+            depth_of(policy),
+        )
+    return functools.partial(OnTheFlyTeacher, spec=spec)

@@ -94,10 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = read_command(argv)
         if command.kind == "help":
-            return _help(command)
+            return show_help(command)
         return _quickstart(command) if command.kind == "quickstart" else _train(command)
     except UsageError as error:
-        return _fail(error)
+        return report_error(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -302,12 +302,13 @@ def _check_training(flags: dict[str, str], dry_run: bool) -> None:
         raise UsageError(f"--config_path={flags['config_path']} does not exist")
 
 
-def _help(command: Command) -> int:
+def show_help(command: Command) -> int:
+    """Print the help that the command asks for and return 0."""
     if any(_is_training(name) for name in command.flags):
         from craft_opt.bridge.config import parse_config
 
         try:
-            parse_config([*_arguments(command), "--help"])
+            parse_config([*arguments_of(command), "--help"])
         except SystemExit:
             return 0
     print(HELP, end="")
@@ -334,7 +335,7 @@ def _quickstart(command: Command) -> int:
             dry_run=command.dry_run,
         )
     except (ValueError, OSError) as error:
-        return _fail(error)
+        return report_error(error)
 
 
 def _train(command: Command) -> int:
@@ -347,13 +348,13 @@ def _train(command: Command) -> int:
     lerobot_flags.check_names(command.flags)
     set_up_logging()
     try:
-        run = prepare(parse_config(_arguments(command)))
+        run = prepare(parse_config(arguments_of(command)))
     except SystemExit as stopped:  # LeRobot's parser, which has said why
         return EXIT_USER_ERROR if stopped.code else 0
     except (ValueError, OSError, NotImplementedError) as error:
-        return _fail(error)
+        return report_error(error)
     except lerobot_flags.PARSER_ERRORS as error:
-        return _fail(error)
+        return report_error(error)
     summary = run_steps(run)
     if summary.checkpoint is not None:
         print(f"Trained policy: {summary.checkpoint / 'pretrained_model'}")
@@ -361,7 +362,7 @@ def _train(command: Command) -> int:
     return 0
 
 
-def _arguments(command: Command) -> list[str]:
+def arguments_of(command: Command) -> list[str]:
     """The command as LeRobot's parser takes it."""
     flags = dict(command.flags)
     starts_policy = any(name in flags for name in ("policy.path", "policy.type"))
@@ -376,6 +377,7 @@ def _arguments(command: Command) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def _fail(error: Exception) -> int:
+def report_error(error: Exception) -> int:
+    """Say what is wrong and return the exit code for it."""
     print(f"error: {error}", file=sys.stderr)
     return EXIT_USER_ERROR

@@ -28,7 +28,7 @@ from torch import Tensor
 from craft_opt.bridge import checkpoint, cli, flags, shorten_codec_warning
 from craft_opt.bridge.config import CraftTrainConfig, parse_config
 from craft_opt.bridge.logs import METRICS_FILE, MetricsFile, StepRecord, say, set_up_logging
-from craft_opt.bridge.loop import Run, TrainSummary, _Journal, _save, prepare
+from craft_opt.bridge.loop import Journal, Run, TrainSummary, prepare, save_run
 from craft_opt.bridge.policies import precision_context
 from craft_opt.bridge.step import StepResult
 
@@ -57,7 +57,7 @@ def train(cfg: CraftTrainConfig, *, on_step: Callable[[StepRecord], None] | None
     assert cfg.output_dir is not None and cfg.policy is not None
     optimizer, term = run.parts.optimizer, run.term
     mode = cfg.craft.retention_mode if cfg.craft.enabled else "none"
-    journal = _Journal(MetricsFile(cfg.output_dir / METRICS_FILE, run.start), cfg.steps, mode, on_step, None)
+    journal = Journal(MetricsFile(cfg.output_dir / METRICS_FILE, run.start), cfg.steps, mode, on_step, None)
     precision = precision_context(cfg.policy)
 
     def retention_loss() -> Tensor:
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = cli.read_command(sys.argv[1:] if argv is None else list(argv))
         if command.kind == "help":
-            return cli._help(command)
+            return cli.show_help(command)
         if command.kind == "quickstart":
             raise cli.UsageError(
                 "LeRobot's loop trains on your own data: --policy.path and --dataset.repo_id; the quickstart is in "
@@ -106,14 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         flags.check_names(command.flags)
         set_up_logging()
-        summary = train(parse_config(cli._arguments(command)))
+        summary = train(parse_config(cli.arguments_of(command)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return cli.EXIT_INTERRUPTED
     except SystemExit as stopped:  # LeRobot's parser, which has said why
         return cli.EXIT_USER_ERROR if stopped.code else 0
     except _USER_ERRORS as error:
-        return cli._fail(error)
+        return cli.report_error(error)
     if summary.checkpoint is not None:
         print(f"Trained policy: {summary.checkpoint / 'pretrained_model'}")
     print(f"Metrics: {summary.metrics_file}")
@@ -135,7 +135,7 @@ def _refuse_accumulation(cfg: CraftTrainConfig) -> None:
 
 
 @contextmanager
-def _lent_to_lerobot(run: Run, journal: _Journal) -> Iterator[None]:
+def _lent_to_lerobot(run: Run, journal: Journal) -> Iterator[None]:
     """Let LeRobot's loop find the run's parts where it looks for its own."""
     cfg, parts = run.cfg, run.parts
     digests = run.term.digests if run.term is not None else ()
@@ -173,7 +173,7 @@ def _lent_to_lerobot(run: Run, journal: _Journal) -> Iterator[None]:
         return start, optimizer, scheduler
 
     def save(*, step: int, **_: Any) -> None:
-        _save(run, step)
+        save_run(run, step)
 
     lent: dict[str, Any] = {
         "make_train_eval_datasets": lambda cfg: (run.dataset, run.eval_dataset),
@@ -182,7 +182,7 @@ def _lent_to_lerobot(run: Run, journal: _Journal) -> Iterator[None]:
         "make_optimizer_and_scheduler": lambda cfg, policy: (parts.optimizer, parts.scheduler),
         "load_training_state": restore,
         "save_checkpoint": save,
-        "push_checkpoint_to_hub": lambda *_, **__: None,  # _save has done it
+        "push_checkpoint_to_hub": lambda *_, **__: None,  # save_run has done it
         "update_policy": update,
     }
     own = {name: getattr(lerobot_train, name) for name in lent}

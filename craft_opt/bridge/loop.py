@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from craft_opt.bridge import checkpoint
+from craft_opt.bridge.adapters import teacher_within
 from craft_opt.bridge.config import CraftTrainConfig
 from craft_opt.bridge.dataset import InMemoryDataset, in_memory
 from craft_opt.bridge.logs import (
@@ -163,19 +164,22 @@ def prepare(cfg: CraftTrainConfig) -> Run:
     stats, whose = _statistics(cfg, dataset)
     preprocessor, postprocessor = make_processors(cfg.policy, stats=stats, rename_map=cfg.rename_map)
     check_widths(preprocessor, dataset.meta, cfg.rename_map)
+    expected = ExpectedFeatures(cfg.anchor_layers, cfg.anchor_pooling)
     for cache in caches:
         check_cache_fits(
             cache,
             policy,
             preprocessor,
             cfg.normalization_stats,
-            ExpectedFeatures(cfg.anchor_layers, cfg.anchor_pooling),
+            # With the policy itself as the teacher the run's choice need not be the cache's.
+            ExpectedFeatures() if cfg.craft.teacher == "adapters_off" else expected,
             is_teacher=not cfg.resume,
         )
     if cfg.peft is not None and not cfg.policy.use_peft:
         policy = policy.wrap_with_peft(peft_cli_overrides=asdict(cfg.peft))
     seed = cfg.seed if cfg.seed is not None else 0
-    term = Retention(caches, preprocessor, cfg.craft, seed) if caches else None
+    on_the_fly = teacher_within(policy, expected) if caches and cfg.craft.teacher == "adapters_off" else None
+    term = Retention(caches, preprocessor, cfg.craft, seed, on_the_fly) if caches else None
     drift: float | None = None
     if term is not None and not cfg.resume:
         with precision_context(cfg.policy):
@@ -253,7 +257,7 @@ def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, 
     assert cfg.policy is not None and cfg.output_dir is not None
     mode = cfg.craft.retention_mode if cfg.craft.enabled else "none"
     wandb = WandBLogger(cfg) if cfg.wandb.enable and cfg.wandb.project else None
-    journal = _Journal(MetricsFile(cfg.output_dir / METRICS_FILE, run.start), cfg.steps, mode, on_step, wandb)
+    journal = Journal(MetricsFile(cfg.output_dir / METRICS_FILE, run.start), cfg.steps, mode, on_step, wandb)
     precision = precision_context(cfg.policy)
     batches = _task_batches(run)
     saved: Path | None = None
@@ -276,7 +280,7 @@ def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, 
             if is_saving:
                 # The file must hold every step up to the checkpoint: a resumed run adds only what comes after.
                 journal.flush(show=False)
-                saved = _save(run, step)
+                saved = save_run(run, step)
                 if wandb is not None:
                     wandb.log_policy(saved)
             if cfg.env is not None and cfg.env_eval_freq > 0 and step % cfg.env_eval_freq == 0:
@@ -297,7 +301,7 @@ def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, 
     )
 
 
-class _Journal:
+class Journal:
     """Holds the steps whose numbers still lie on the device, and writes them down when told to."""
 
     def __init__(
@@ -316,6 +320,7 @@ class _Journal:
         self._measured: StepRecord | None = None
 
     def add(self, result: StepResult) -> None:
+        """Take a step whose numbers need not be there yet."""
         self._waiting.append(result)
 
     def flush(self, *, show: bool) -> None:
@@ -464,7 +469,8 @@ def _as_floats(batch: dict[str, Any], dataset: LeRobotDataset) -> dict[str, Any]
     return batch
 
 
-def _save(run: Run, step: int) -> Path:
+def save_run(run: Run, step: int) -> Path:
+    """Save a checkpoint, push it where the run asks for that, and return its folder."""
     term = run.term
     folder = checkpoint.save(
         run.cfg,

@@ -178,6 +178,7 @@ class TokenRetention(CacheRetention):
         return token_ce_above(logits, tokens, mask, teacher_ce)
 
 
+MakeTerm = Callable[[AnchorCache, PolicyProcessorPipeline, CraftConfig, int], CacheRetention]
 TERMS: dict[str, type[CacheRetention]] = {"hidden": HiddenRetention, "token_ce": TokenRetention}
 
 
@@ -191,14 +192,21 @@ class Retention:
         preprocessor: The run's preprocessor.
         config: Settings of the method.
         seed: Seed of the orders of anchors.
+        make_term: Makes the loss of one cache, None for what ``config.retention_mode`` says.
     """
 
     def __init__(
-        self, caches: Sequence[AnchorCache], preprocessor: PolicyProcessorPipeline, config: CraftConfig, seed: int
+        self,
+        caches: Sequence[AnchorCache],
+        preprocessor: PolicyProcessorPipeline,
+        config: CraftConfig,
+        seed: int,
+        make_term: MakeTerm | None = None,
     ) -> None:
         self.weights = cache_weights(config)
         self.counts = shares(config.anchor_batch_size, self.weights)
-        self.terms = [TERMS[config.retention_mode](cache, preprocessor, config, seed) for cache in caches]
+        make_term = make_term or TERMS[config.retention_mode]
+        self.terms = [make_term(cache, preprocessor, config, seed) for cache in caches]
 
     def loss(self, policy: nn.Module) -> Tensor:
         """L_ret on the next batch of anchors, fp32 with a graph."""
@@ -320,6 +328,8 @@ def open_caches(config: CraftConfig) -> list[AnchorCache]:
 
 def _check_kind(cache: AnchorCache, config: CraftConfig) -> None:
     manifest, kind = cache.manifest, config.retention_mode
+    if config.teacher == "adapters_off":
+        return  # samples of any cache
     if manifest.kind != kind:
         raise ValueError(
             f"{cache.folder} is a {manifest.kind!r} cache, and craft.retention_mode is {kind!r}; pass "

@@ -120,7 +120,7 @@ def test_an_adapter_run_with_retention_drifts_less_than_without(world, tmp_path)
     run_steps(held, progress=False)
     free = prepare(config(world, tmp_path / "free", steps=20, craft=FREE))
     run_steps(free, progress=False)
-    flying = on_the_fly(prepare(config(world, tmp_path / "flying", steps=20)))
+    flying = prepare(config(world, tmp_path / "flying", steps=20, craft={"teacher": "adapters_off"}))
     run_steps(flying, progress=False)
     naive = drift_of(free)
     assert naive > 1e-3
@@ -132,20 +132,13 @@ def test_an_adapter_run_with_retention_drifts_less_than_without(world, tmp_path)
 FREE = {"initial_lambda": 0.0, "use_grad_projection": False}
 
 
-def on_the_fly(run, **settings):
-    """The run with its cached teacher exchanged for its own base."""
-    term = run.term
-    seed = run.cfg.seed if run.cfg.seed is not None else 0
-    term.terms = [OnTheFlyTeacher(t.cache, run.preprocessor, run.cfg.craft, seed, **settings) for t in term.terms]
-    return run
-
-
 def test_the_teacher_on_the_fly_is_the_cached_teacher(world, tmp_path):
     """The same anchors, the same losses; the variance is of the first 64 anchors, here all of them."""
     runs = {}
-    for name, change in (("cached", lambda run: run), ("flying", on_the_fly)):
+    for name, teacher in (("cached", "cache"), ("flying", "adapters_off")):
         seen = []
-        run_steps(change(prepare(config(world, tmp_path / name))), on_step=seen.append, progress=False)
+        run = prepare(config(world, tmp_path / name, craft={"teacher": teacher}))
+        run_steps(run, on_step=seen.append, progress=False)
         runs[name] = [record.retention_loss for record in seen]
     # The start differs: on the fly it is 0 to the last bit, cached it is the rounding of another batch size.
     assert runs["flying"][0] == 0.0
@@ -154,7 +147,9 @@ def test_the_teacher_on_the_fly_is_the_cached_teacher(world, tmp_path):
 
 
 def test_the_teacher_on_the_fly_serves_layers_that_the_cache_has_not(world, tmp_path):
-    run = on_the_fly(prepare(config(world, tmp_path / "out")), spec=FeatureSpec((1,), "mean_image_tokens"))
+    chosen = {"anchor_layers": [1], "anchor_pooling": "mean_image_tokens", "craft": {"teacher": "adapters_off"}}
+    run = prepare(config(world, tmp_path / "out", **chosen))
+    assert [term.spec for term in run.term.terms] == [FeatureSpec((1,), "mean_image_tokens")]
     seen = []
     run_steps(run, on_step=seen.append, progress=False)
     assert seen[0].retention_loss == 0.0
@@ -167,14 +162,20 @@ def test_the_teacher_on_the_fly_needs_samples_only(world, tmp_path, settings):
     cache = tmp_path / "cache"
     given = {"num_samples": 8, "batch_size": 4, "policy_overrides": ["--device=cpu"], "progress": False}
     build_cache(cache, world.teacher, [world.source()], **given, **settings)
-    run = prepare(config(world, tmp_path / "out", steps=4))
-    term = OnTheFlyTeacher(AnchorCache.open(cache), run.preprocessor, run.cfg.craft, 0)
-    policy = run.parts.policy
+    craft = {"teacher": "adapters_off", "anchor_cache_dir": str(cache), "anchor_batch_size": 4}
+    run = prepare(config(world, tmp_path / "out", steps=4, craft=craft))
+    (term,), policy = run.term.terms, run.parts.policy
+    assert isinstance(term, OnTheFlyTeacher)
     assert term.loss(policy, 4).item() == 0.0
     assert term.spec == FeatureSpec((1, 2), "action_tokens")
     run_steps(run, progress=False)
     assert term.loss(policy, 4).item() > 1e-6
     assert term.mean_loss(policy) == pytest.approx(term.drift(policy), rel=1e-6), "the run's loss is nmse"
+
+
+def test_a_policy_without_adapters_has_no_teacher_within(world, tmp_path):
+    with pytest.raises(ValueError, match=r"no adapters.*--peft\.method_type=LORA"):
+        prepare(config(world, tmp_path / "out", peft=None, craft={"teacher": "adapters_off"}))
 
 
 # -- saved and loaded ------------------------------------------------------------------------------------------------

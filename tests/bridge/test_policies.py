@@ -162,7 +162,8 @@ def old_pi0_fast(world, meta, tmp_path):
 
 def test_a_tokenizer_that_does_not_load_is_named_with_the_flag_that_replaces_it(old_pi0_fast, meta):
     folder, text, action = old_pi0_fast
-    with pytest.raises(ValueError, match=r"(?s)do not load: .*--policy.action_tokenizer_name=physical-intelligence/fast"):
+    wanted = r"(?s)do not load: .*--policy.action_tokenizer_name=physical-intelligence/fast"
+    with pytest.raises(ValueError, match=wanted):
         make_processors(read_policy_config(folder, ("--device=cpu",)), stats=meta.stats)
     config = read_policy_config(folder, ("--device=cpu", f"--action_tokenizer_name={action}"))
     step = make_processors(config, stats=meta.stats)[0].steps[-2]

@@ -7,6 +7,7 @@ of it is the inherited code of ``lerobot.policies.pi0_fast``; what this policy s
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPaliGemma, PI0FastPolicy, PI0FastPytorch
 from lerobot.policies.pi_gemma import PaliGemmaForConditionalGenerationWithPiGemma
@@ -70,6 +71,9 @@ class TinyPI0FastPytorch(PI0FastPytorch):
         self._paligemma_tokenizer = tokenizer
         self.paligemma_with_expert = TinyPaliGemma(config, tokenizer.vocab_size)
         self.gradient_checkpointing_enabled = False
+        if config.compile_model:  # as LeRobot's constructor does
+            for name in ("sample_actions_fast", "forward"):
+                setattr(self, name, torch.compile(getattr(self, name), mode=config.compile_mode))
 
 
 class PI0FastTinyPolicy(PI0FastPolicy):
