@@ -205,7 +205,8 @@ class NumbaBackend:
                 keys = rounding.rounding_keys(rule.config.rounding_seed, layout.streams, int(before[1]))
                 plan.table[:, self._kernel.KEY] = keys.numpy()
             plan.update(_packed(groups), buffers.steps, decision.a, decision.b, stochastic=stochastic)
-            buffers.steps.add_(_mask(_reached(layout), layout.device))
+            reached = layout.reached
+            buffers.steps.add_(1.0 if all(reached) else _mask(reached, layout.device))
         buffers.dual.copy_(torch.tensor(decision.dual, dtype=torch.float64))
         buffers.metrics.copy_(torch.tensor(decision.metrics, dtype=torch.float64))
 
@@ -260,7 +261,7 @@ class TorchBackend:
         # torch's fused AdamW divides by grad_scale and writes the quotient back to the gradients.
         divisor = torch.where(finite, 1.0 / decision.a, 1.0).float()
 
-        present = _reached(layout)
+        present = layout.reached
         buffers.steps.add_(_mask(present, layout.device) * finite)
         exact, merged = torch.float32, None
         if has_ret and exact in buffers.grads_task:
@@ -460,10 +461,6 @@ def _fused_adamw(
         grad_scale=divisor,
         found_inf=skip,
     )
-
-
-def _reached(layout: DeviceLayout) -> list[bool]:
-    return [task or ret for task, ret in zip(layout.task_present, layout.ret_present, strict=True)]
 
 
 def _mask(present: Sequence[bool], device: torch.device) -> Tensor:

@@ -195,6 +195,11 @@ class DeviceLayout:
         self.ret_present = [slot.ret_present for slot in self.slots]
         return any(self.ret_present)
 
+    @property
+    def reached(self) -> list[bool]:
+        """Which parameters have a gradient of either kind."""
+        return [task or ret for task, ret in zip(self.task_present, self.ret_present, strict=True)]
+
     def drop_retention(self, *, keep: bool = False) -> None:
         """Forget the retention gradient (consumed by a step, or given up), or keep what was pending for reuse."""
         for slot in self.slots:

@@ -238,10 +238,11 @@ class CraftOptimizer(Optimizer):
 
     def _ensure_layout(self) -> list[DeviceLayout]:
         """Return the layouts, built again where parameters were added, (un)frozen, moved or changed their form."""
-        trainable = self._trainable()
-        signature = [p.data_ptr() for p, _, _ in trainable]
-        if signature == self._signature and len(trainable) == len(self._slots):
+        # Every step asks: one number a parameter, -1 for a frozen one.
+        signature = [p.data_ptr() if p.requires_grad else -1 for group in self.param_groups for p in group["params"]]
+        if signature == self._signature:
             return self._layouts
+        trainable = self._trainable()
         same = len(trainable) == len(self._slots) and all(
             p in self._slots and self._slots[p].group == i for p, i, _ in trainable
         )
@@ -531,9 +532,11 @@ class CraftOptimizer(Optimizer):
         updated = []
         for layout in layouts:
             layout.stage_out()
-            for slot, task, ret in zip(layout.slots, layout.task_present, layout.ret_present, strict=True):
-                if task or ret:
-                    updated.append(slot.param)
+            reached = [slot for slot, there in zip(layout.slots, layout.reached, strict=True) if there]
+            updated += [slot.param for slot in reached]
+            # A default dict: whoever looked before the first step left an empty entry behind.
+            if len(self.state) < len(self._slots) or not all(self.state.values()):
+                for slot in reached:
                     if not self.state[slot.param]:
                         self.state[slot.param] = self._state_views(slot)
         # Memory written through raw pointers: autograd must see that saved tensors are stale.
