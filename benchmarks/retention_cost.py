@@ -27,7 +27,7 @@ from benchmarks.harness import RESULTS, commit, machine, peak_bytes, quantile, s
 TASK_BATCH, ANCHOR_BATCH, CYCLE = 32, 16, 5
 EPISODES, FRAMES, ANCHORS = 4, 60, 96
 REPO = "craft/retention-cost"
-# Ratio that a variant must not exceed (issue 4), by K; reuse does a projection more in the off-steps.
+# Ratio that a variant must not exceed, by K; reuse does a projection more in the off-steps.
 TARGETS = {5: 1.15, 1: 1.65}
 VARIANTS: dict[str, dict[str, Any]] = {
     "naive": {"enabled": False},
