@@ -456,6 +456,24 @@ def write_results(rows: list[dict[str, Any]], load_before: Sequence[float], fold
     return path
 
 
+def write_document(folder: Path, name: str, command: str, **content: Any) -> tuple[Path, dict[str, Any]]:
+    """Write what a benchmark of its own found to ``<name>_<date>.json``; return the file and the document.
+
+    Args:
+        folder: Made where it is not there.
+        name: Name of the file without its date.
+        command: What was run.
+        **content: The figures; a ``machine`` among them replaces what this process sees.
+    """
+    date = datetime.date.today().isoformat()
+    made = {"benchmark": name, "date": date, "commit": commit(), "command": command, "machine": machine()}
+    document = made | content
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}_{date}.json"
+    file.write_text(json.dumps(document, indent=1) + "\n")
+    return file, document
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """Read a results file.
 

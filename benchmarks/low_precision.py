@@ -7,7 +7,6 @@ Without retention, so that nothing but the rounding differs.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from lerobot.datasets import LeRobotDatasetMetadata
 
-from benchmarks.harness import RESULTS, commit, machine
+from benchmarks.harness import RESULTS, write_document
 from craft_opt import CraftConfig
 from craft_opt.bridge.config import fine_tune_config
 from craft_opt.bridge.loop import train
@@ -114,18 +113,8 @@ def main() -> None:
     made = Quickstart(settings, CraftConfig(enabled=False), "none", arguments.output_dir).prepare()
     scratch = arguments.output_dir / "low_precision"
     cells = [run(variant, made, settings, arguments.steps, scratch) for variant in VARIANTS]
-    date = datetime.date.today().isoformat()
-    result = {
-        "benchmark": "low_precision",
-        "date": date,
-        "commit": commit(),
-        "command": f"python -m benchmarks.low_precision --steps {arguments.steps}",
-        "machine": machine(),
-        "lr": LR,
-        "cells": cells,
-    }
-    file = arguments.results / f"low-precision_{date}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    command = f"python -m benchmarks.low_precision --steps {arguments.steps}"
+    file, _ = write_document(arguments.results, "low-precision", command, lr=LR, cells=cells)
     print(table(cells))
     print(f"written to {file.name}")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import math
 import multiprocessing
@@ -26,7 +25,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.harness import RESULTS, commit, machine
+from benchmarks.harness import RESULTS, machine, write_document
 
 Cell = dict[str, Any]
 
@@ -284,24 +283,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = {"settings": settings, "craft": craft}
     cells = run_all(arguments.output_dir, variants, arguments.seeds, arguments.jobs, **sizes)
     name = "quickstart-table" if arguments.table else "quickstart"
-    date = datetime.date.today().isoformat()
     options = "".join(f" --{o}" for o in ("table", "miniature") if getattr(arguments, o))
     options += "".join(f" --{o} {v}" for o in ("steps", "rollouts") if (v := getattr(arguments, o)) is not None)
     options += f" --variants {' '.join(arguments.variants)}" if arguments.variants else ""
-    result = {
-        "benchmark": name,
-        "date": date,
-        "commit": commit(),
-        "command": f"python -m benchmarks.quickstart{options} --seeds {' '.join(map(str, arguments.seeds))} "
-        f"--jobs {arguments.jobs}",
-        "machine": {**machine(), "threads": 1},
-        "old_skills": 2,
-        "sizes": sizes,
-        "cells": cells,
-    }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    file = arguments.results / f"{name}_{date}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    seeds = " ".join(map(str, arguments.seeds))
+    file, result = write_document(
+        arguments.results,
+        name,
+        f"python -m benchmarks.quickstart{options} --seeds {seeds} --jobs {arguments.jobs}",
+        machine={**machine(), "threads": 1},
+        old_skills=2,
+        sizes=sizes,
+        cells=cells,
+    )
     print(markdown(result))
     print(f"written to {file}")
 

@@ -10,7 +10,6 @@ both. ``--print FILE`` prints the table of a results file.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import RESULTS, commit, machine, peak_bytes, quantile, synchronize
+from benchmarks.harness import RESULTS, peak_bytes, quantile, synchronize, write_document
 
 TASK_BATCH, ANCHOR_BATCH, CYCLE = 32, 16, 5
 EPISODES, FRAMES, ANCHORS = 4, 60, 96
@@ -207,20 +206,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(arguments.rounds, arguments.device, Path(folder))
-    date = datetime.date.today().isoformat()
-    document = {
-        "benchmark": "retention_cost",
-        "date": date,
-        "commit": commit(),
-        "command": f"python -m benchmarks.retention_cost --rounds {arguments.rounds} --device {arguments.device}",
-        "machine": machine(),
-        "task_batch": TASK_BATCH,
-        "anchor_batch": ANCHOR_BATCH,
-        "rows": rows,
-    }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    file = arguments.results / f"retention-cost_{date}_{arguments.device}.json"
-    file.write_text(json.dumps(document, indent=1) + "\n")
+    file, document = write_document(
+        arguments.results,
+        f"retention-cost-{arguments.device}",
+        f"python -m benchmarks.retention_cost --rounds {arguments.rounds} --device {arguments.device}",
+        task_batch=TASK_BATCH,
+        anchor_batch=ANCHOR_BATCH,
+        rows=rows,
+    )
     print(markdown(document))
     print(f"written to {file}")
 

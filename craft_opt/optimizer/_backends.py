@@ -6,6 +6,7 @@ None of them waits for a CUDA device.
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -370,7 +371,9 @@ class TritonBackend:
 
 @cache
 def numba_is_available() -> bool:
-    """Whether Numba is installed."""
+    """Whether Numba is installed and may compile."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return False  # somebody debugs; addresses mean nothing to interpreted Python
     try:
         return find_spec("numba") is not None
     except ModuleNotFoundError:  # an import hook that hides it
