@@ -13,8 +13,12 @@ bits do not depend on the number of threads.
 Why Numba: torch's own operations read each gradient three times for the three dot products, on one thread
 (``torch.dot``), write the merged gradient and read it again, and have no bf16 AdamW with fp32 moments at all. That was
 2.3 to 2.8 times ``AdamW(fused=True)`` on two cores; what these loops take is in benchmarks/results/. A C++ extension
-would want a compiler on the user's machine. Python threads with the interpreter lock released, not Numba's ``prange``:
-its portable threading layer may not be entered from two threads at once, and aborts the process where it is.
+would want a compiler on the user's machine.
+
+Threads: torch's own. Its OpenMP team still spins after the backward pass, so threads of another pool (Numba's
+``prange``, Python's) wait for a core, and at 1 M parameters they made a step no faster; a team that is lent the loops
+starts at once. Where torch brings no GNU OpenMP (outside Linux), and in a forked child, whose team is gone, Python
+threads do the same work with the interpreter lock released.
 
 Sources: gradient surgery, Yu et al. 2020 (arXiv 2001.06782), algorithm 1; AdamW, Loshchilov and Hutter 2019
 (arXiv 1711.05101), in torch.optim.AdamW's arrangement; stochastic rounding as in :mod:`craft_opt.kernels.rounding`.
@@ -27,10 +31,13 @@ Sources: gradient surgery, Yu et al. 2020 (arXiv 2001.06782), algorithm 1; AdamW
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -46,11 +53,10 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # Elements of a piece: small enough to share out 1 M parameters, large enough that a piece's call is nothing, and two
 # fp32 gradients of it (512 KiB) fit a second-level cache.
 PIECE = 1 << 16
-# Below this many elements a second thread is not worth its waking, least of all while torch's own threads still spin
-# after the backward pass (a whole step at 1 M, two cores: 1.8 ms with it, 0.8 to 1.1 without).
-ALONE = 1 << 21
+# Below this many elements a second thread is not worth its waking.
+ALONE = 1 << 18
 # Ranges of pieces a thread: whoever is done takes the next, so a core that is busy elsewhere holds nobody up.
-RANGES = 8
+RANGES_A_THREAD = 8
 
 # Columns of the table of segments: addresses (0 where there is none), code of the dtype, group, rounding key.
 P, M, V, V_MAX, TASK, RET, DTYPE, GROUP, KEY, TABLE_COLUMNS = range(10)
@@ -61,24 +67,32 @@ P, M, V, V_MAX, TASK, RET, DTYPE, GROUP, KEY, TABLE_COLUMNS = range(10)
 # --------------------------------------------------------------------------------------------------------------
 
 
+def _pointer_to(target: Any) -> Any:
+    """An address (int64) as a pointer to this type."""
+
+    @intrinsic
+    def at(_context: Any, address: Any) -> Any:
+        def generate(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(target)(address), generate
+
+    return at
+
+
+_f32_at, _f64_at, _i64_at = (_pointer_to(t) for t in (types.float32, types.float64, types.int64))
+_bf16_at = _pointer_to(types.uint16)  # its bits
+
+
 @intrinsic
-def _f32_at(_context: Any, address: Any) -> Any:
-    """The address as a pointer to fp32."""
+def _count_up(_context: Any, address: Any) -> Any:
+    """Add 1 to the int64 at an address, atomically, and return what it was."""
 
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+    def generate(_context, builder, signature, args):
+        word = _int(64)
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], word.as_pointer()), word(1), "monotonic")
 
-    return types.CPointer(types.float32)(address), generate
-
-
-@intrinsic
-def _bf16_at(_context: Any, address: Any) -> Any:
-    """The address as a pointer to the bits of bf16."""
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.uint16)(address), generate
+    return types.int64(address), generate
 
 
 @intrinsic
@@ -139,13 +153,16 @@ def _int(bits: int) -> Any:
     return ir.IntType(bits)
 
 
+# numpy's division (no exception for 0) is what lets LLVM vectorise it.
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
+
+
 def _jit(*, reassociate: bool = False) -> Callable[[Any], Any]:
     """Compile without the interpreter lock; keep the machine code on disk where there is a place for it.
 
     ``reassociate`` lets sums be taken in several lanes; NaN and infinity keep their meaning.
     """
-    # numpy's division (no exception for 0) is what lets LLVM vectorise it.
-    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    options = {**_OPTIONS, "nogil": True}
     # No fused multiply-add in the update: it rounds as torch does.
     options["fastmath"] = {"contract", "reassoc", "nsz"} if reassociate else False
 
@@ -315,6 +332,44 @@ def _update(table, groups, steps, pieces, first, last, a, b, stochastic):
                 _adamw(p16, m, v, t16, r16, weight_t, weight_r, factors)
 
 
+# What a team of threads is told: a counter of the ranges taken, then numbers and addresses.
+TAKEN, N_RANGES, RANGES, KIND, TABLE, SEGMENTS, PIECES, N_PIECES, PARTIALS = range(9)
+GROUPS, N_GROUPS, STEPS, STOCHASTIC, WEIGHTS = range(9, 14)
+JOB_SIZE = WEIGHTS + 2  # a and b, fp64 in the place of two int64
+_N_COLUMNS, _N_GROUP_COLUMNS = TABLE_COLUMNS, GROUP_COLUMNS
+
+
+def _team_member(address):
+    """What every thread of a team does: take ranges until there are none left."""
+    job = numba.carray(_i64_at(address), JOB_SIZE)
+    ranges = numba.carray(_i64_at(job[RANGES]), (job[N_RANGES], 2))
+    table = numba.carray(_i64_at(job[TABLE]), (job[SEGMENTS], _N_COLUMNS))
+    pieces = numba.carray(_i64_at(job[PIECES]), (job[N_PIECES], 3))
+    partials = numba.carray(_f64_at(job[PARTIALS]), (job[N_PIECES], 3))
+    groups = numba.carray(_f64_at(job[GROUPS]), (job[N_GROUPS], _N_GROUP_COLUMNS))
+    steps = numba.carray(_f32_at(job[STEPS]), job[SEGMENTS])
+    weights = numba.carray(_f64_at(address + 8 * WEIGHTS), 2)
+    while True:
+        k = _count_up(address)
+        if k >= job[N_RANGES]:
+            break
+        first = ranges[k, 0]
+        last = ranges[k, 1]
+        if job[KIND] == 0:
+            _gram(table, pieces, first, last, partials)
+        else:
+            _update(table, groups, steps, pieces, first, last, weights[0], weights[1], job[STOCHASTIC] != 0)
+
+
+@functools.cache
+def _team() -> Any:
+    """The native function that GNU OpenMP calls on every thread, compiled at the first use."""
+    signature = types.void(types.int64)  # an address: on the machines that Numba knows it travels like a pointer
+    with contextlib.suppress(RuntimeError):
+        return numba.cfunc(signature, **_OPTIONS, cache=True)(_team_member)
+    return numba.cfunc(signature, **_OPTIONS)(_team_member)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Launchers
 # --------------------------------------------------------------------------------------------------------------
@@ -338,14 +393,18 @@ class CpuPlan:
         ]
         self._pieces = np.array(rows, dtype=np.int64).reshape(-1, 3)
         self._ends = np.cumsum(self._pieces[:, 2])
+        self._ranges: dict[int, Any] = {}
         self._partials = np.zeros((len(rows), 3))
         self.table = np.zeros((len(numels), TABLE_COLUMNS), dtype=np.int64)
         self.table[:, DTYPE] = [DTYPE_CODES[dtype] for dtype in dtypes]
+        self._job = np.zeros(JOB_SIZE, dtype=np.int64)
+        self._job[[TABLE, PIECES, PARTIALS]] = [x.ctypes.data for x in (self.table, self._pieces, self._partials)]
+        self._job[[SEGMENTS, N_PIECES]] = len(numels), len(rows)
 
     def gram(self) -> tuple[float, float, float]:
         """Return tt, tr, rr of the gradients in the table; an absent one (address 0) counts as zeros."""
-        arguments = (self.table, self._pieces)
-        self._share_out(lambda first, last: _gram(*arguments, first, last, self._partials))
+        self._job[KIND] = 0
+        self._share_out(lambda first, last: _gram(self.table, self._pieces, first, last, self._partials))
         tt, tr, rr = self._partials.sum(axis=0).tolist()
         return tt, tr, rr
 
@@ -360,29 +419,57 @@ class CpuPlan:
             stochastic: Whether bf16 parameters are rounded stochastically, with the table's keys.
         """
         rows = np.array(groups, dtype=np.float64).reshape(-1, GROUP_COLUMNS)
-        arguments = (self.table, rows, steps.numpy(), self._pieces)
-        self._share_out(lambda first, last: _update(*arguments, first, last, a, b, stochastic))
+        done = steps.numpy()
+        job = self._job
+        job[[KIND, N_GROUPS, STOCHASTIC]] = 1, len(rows), stochastic
+        job[[GROUPS, STEPS]] = rows.ctypes.data, steps.data_ptr()
+        job[WEIGHTS:].view(np.float64)[:] = a, b
+        self._share_out(lambda *ends: _update(self.table, rows, done, self._pieces, *ends, a, b, stochastic))
 
     def _share_out(self, work: Callable[[int, int], None]) -> None:
-        """Run ``work`` on ranges of pieces, on this thread and as many others as torch would use."""
+        """Do the job on this thread and as many others as torch would use; ``work`` does it for a range."""
         total = int(self._ends[-1]) if len(self._ends) else 0
         threads = torch.get_num_threads() if total > ALONE else 1
         if threads == 1:
             work(0, len(self._pieces))
             return
-        parts = threads * RANGES
-        cuts = [0, *(int(np.searchsorted(self._ends, total * k // parts)) for k in range(1, parts)), len(self._pieces)]
-        # Last pieces first: the caches still hold the end of what the reduction read. next() is atomic.
-        ranges = iter([(first, last) for first, last in itertools.pairwise(cuts) if first < last][::-1])
+        ranges = self._ranges_for(threads)
+        parallel = _openmp()
+        if parallel is not None and not _FORKED:
+            self._job[[TAKEN, N_RANGES, RANGES]] = 0, len(ranges), ranges.ctypes.data
+            parallel(_team().address, self._job.ctypes.data, threads, 0)
+            return
+        left = iter(ranges.tolist())  # next() is atomic
 
         def drain() -> None:
-            for first, last in ranges:
+            for first, last in left:
                 work(first, last)
 
         waiting = [_pool(threads - 1).submit(drain) for _ in range(threads - 1)]
         drain()
         for future in waiting:
             future.result()
+
+    def _ranges_for(self, threads: int) -> Any:
+        """Ranges of pieces of about equal size, the last pieces first: caches still hold the end of the reduction."""
+        if threads not in self._ranges:
+            parts, total = threads * RANGES_A_THREAD, int(self._ends[-1])
+            inner = (int(np.searchsorted(self._ends, total * k // parts)) for k in range(1, parts))
+            pairs = [pair for pair in itertools.pairwise([0, *inner, len(self._pieces)]) if pair[0] < pair[1]]
+            self._ranges[threads] = np.array(pairs[::-1], dtype=np.int64)
+        return self._ranges[threads]
+
+
+@functools.cache
+def _openmp() -> Any:
+    """``GOMP_parallel`` of the OpenMP library that torch has loaded, or None where that is another one."""
+    for file in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        with contextlib.suppress(OSError, AttributeError):
+            parallel = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+            parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            parallel.restype = None
+            return parallel
+    return None
 
 
 _POOLS: dict[int, ThreadPoolExecutor] = {}
@@ -394,6 +481,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return _POOLS[threads]
 
 
+_FORKED: list[bool] = []
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's threads; their team or pool would wait for ever."""
+    _POOLS.clear()
+    _FORKED.append(True)
+
+
 if hasattr(os, "register_at_fork"):
-    # A forked child has none of its parent's threads; their pool would wait for ever.
-    os.register_at_fork(after_in_child=_POOLS.clear)
+    os.register_at_fork(after_in_child=_after_fork)

@@ -145,8 +145,10 @@ def test_a_preprocessor_without_statistics_is_refused(teacher_copy):
 
 
 @pytest.fixture
-def old_pi0_fast(world, meta, tmp_path):
+def old_pi0_fast(world, meta, tmp_path, monkeypatch):
     """Configuration and processors of a real pi0_fast whose action tokenizer cannot be loaded any more."""
+    # Without it the hub is tried again and again, for two minutes.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text, action = write_tokenizers(tmp_path, TASKS)
     config = PI0FastConfig(
         text_tokenizer_name=str(text), action_tokenizer_name=str(action), fast_skip_tokens=5, device="cpu"
