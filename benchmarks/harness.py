@@ -128,7 +128,7 @@ def cases() -> dict[str, Case]:
     return {case.name: case for case in listed}
 
 
-# What runs without being asked for: a few minutes on two cores, under 8 GB.
+# What runs without being asked for: a few minutes on two cores, under 10 GB.
 DEFAULT_RUNS = {
     "cpu": (("tiny", "fp32"), ("tiny", "bf16"), ("adapter", "fp32"), ("adapter", "bf16"), ("100M", "fp32")),
     "cuda": tuple((n, p) for n, case in cases().items() for p in case.precisions),
