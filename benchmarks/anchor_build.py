@@ -8,7 +8,6 @@ the first frame read to the folder's rename; loading the teacher is not. Under a
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -28,7 +27,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
-from benchmarks.harness import commit, machine
+from benchmarks.harness import provenance
 from craft_opt.bridge.anchor_shards import Teacher
 from craft_opt.bridge.anchors import AnchorBuild, AnchorSource, prepare_build
 from craft_opt.bridge.features import action_logits, generated_tokens, hidden_features
@@ -149,9 +148,7 @@ def main() -> None:
             print(f"{form:<32} {ratio:6.1%} of the bare forwards' speed (wanted: {TARGET:.0%})", flush=True)
     if args.output is not None:
         content = {
-            "machine": machine(),
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **provenance(),
             "anchors": args.anchors,
             "batch_size": args.batch_size,
             "device": args.device,

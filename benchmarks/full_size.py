@@ -12,7 +12,6 @@ borders of their parts, which a training run does not do.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS, commit, machine
+from benchmarks.harness import RESULTS, provenance
 
 MODES = ("none", "hidden", "token_ce")
 TASKS = ("close the drawer", "press the button", "open the window")
@@ -326,9 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = TINY if options.tiny else FULL
     with tempfile.TemporaryDirectory(prefix="craft-full-size-") as work:
         measured = measure(size, Path(work), options)
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    results = {"date": date, "commit": commit(), "machine": machine(), **measured}
-    output: Path = options.output or RESULTS / f"full_size_{size.name}_{date}.json"
+    results = provenance() | measured
+    output: Path = options.output or RESULTS / f"full_size_{size.name}_{results['date']}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

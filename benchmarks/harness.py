@@ -456,6 +456,11 @@ def write_results(rows: list[dict[str, Any]], load_before: Sequence[float], fold
     return path
 
 
+def provenance() -> dict[str, Any]:
+    """Date, commit and machine: what every results file says of itself."""
+    return {"date": datetime.date.today().isoformat(), "commit": commit(), "machine": machine()}
+
+
 def write_document(folder: Path, name: str, command: str, **content: Any) -> tuple[Path, dict[str, Any]]:
     """Write what a benchmark of its own found to ``<name>_<date>.json``; return the file and the document.
 
@@ -465,11 +470,9 @@ def write_document(folder: Path, name: str, command: str, **content: Any) -> tup
         command: What was run.
         **content: The figures; a ``machine`` among them replaces what this process sees.
     """
-    date = datetime.date.today().isoformat()
-    made = {"benchmark": name, "date": date, "commit": commit(), "command": command, "machine": machine()}
-    document = made | content
+    document = {"benchmark": name, "command": command} | provenance() | content
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}_{date}.json"
+    file = folder / f"{name}_{document['date']}.json"
     file.write_text(json.dumps(document, indent=1) + "\n")
     return file, document
 

@@ -24,7 +24,7 @@ from craft_opt.bridge.loop import train
 from craft_opt.bridge.policies import load_policy, read_policy_config
 from craft_opt.bridge.quickstart.measure import measure
 from craft_opt.bridge.quickstart.run import HELD_OUT_REPO, NEW_REPO, Prepared, Quickstart
-from craft_opt.bridge.quickstart.settings import QuickstartSettings
+from craft_opt.bridge.quickstart.settings import ROLLOUT_SEED, QuickstartSettings
 
 LR = 2.5e-5  # LeRobot's preset for pi0_fast
 
@@ -78,7 +78,7 @@ def run(variant: Variant, made: Prepared, settings: QuickstartSettings, steps: i
     still = sum(int((after[name] == p).sum()) for name, p in before.items() if p.dtype == dtype)
     count = sum(p.numel() for p in before.values() if p.dtype == dtype)
     losses = [json.loads(line)["loss"] for line in done.metrics_file.read_text().splitlines()]
-    seed = 3_000_000 + settings.first_seed(0)
+    seed = ROLLOUT_SEED + settings.first_seed(0)
     new = measure(policy, settings.new, made.held_out, HELD_OUT_REPO, settings.rollouts, seed, "cpu")
     return {
         "variant": variant.name,

@@ -24,8 +24,6 @@ from craft_opt.bridge.anchor_manifest import (
     FEATURE_MASK,
     FEATURE_PREFIX,
     IMAGE_PREFIX,
-    KINDS,
-    MANIFEST_FILE,
     SOURCE,
     SOURCE_FRAME,
     STATE,
@@ -36,31 +34,11 @@ from craft_opt.bridge.anchor_manifest import (
     TOKENS,
     TOP_IDS,
     TOP_LOGPROBS,
-    VERSION,
     AnchorManifest,
     ShardInfo,
-    partial_folder,
     rebuild_hint,
     sha256_of_file,
-    sync_folder,
-    write_atomically,
 )
-
-__all__ = [
-    "FEATURE_MASK",
-    "KINDS",
-    "MANIFEST_FILE",
-    "VERSION",
-    "AnchorBatch",
-    "AnchorCache",
-    "AnchorManifest",
-    "AnchorOrder",
-    "partial_folder",
-    "rebuild_hint",
-    "sha256_of_file",
-    "sync_folder",
-    "write_atomically",
-]
 
 
 @dataclass(frozen=True)

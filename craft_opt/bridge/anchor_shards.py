@@ -311,7 +311,7 @@ class ShardWriter:
         ]
         missing = [(file, members) for file, members in shards if not file.is_file()]
         chunks = [
-            (file, members[k : k + self._batch_size])
+            (file, members[k : k + self._batch_size], k + self._batch_size >= len(members))
             for file, members in missing
             for k in range(0, len(members), self._batch_size)
         ]
@@ -322,11 +322,11 @@ class ShardWriter:
         ):
             bar.update(len(frames) - sum(len(members) for _, members in missing))
             parts: list[dict[str, Tensor]] = []
-            prepared = self._prepared([members for _, members in chunks])
-            for (file, members), (batch, kept) in zip(chunks, prepared, strict=True):
+            prepared = self._prepared([members for _, members, _ in chunks])
+            for (file, members, completes), (batch, kept) in zip(chunks, prepared, strict=True):
                 parts.append({**kept, **self._places(members), **self._teacher.forward(batch)})
                 bar.update(len(members))
-                if sum(len(part[TOKENS]) for part in parts) == len(dict(missing)[file]):
+                if completes:
                     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                     parts = []
                     # One shard may be under way while the next is computed; more would fill the memory.

@@ -19,7 +19,7 @@ import torch
 from lerobot.datasets import LeRobotDataset
 from lerobot.datasets.factory import resolve_delta_timestamps
 
-from craft_opt.bridge.anchor_cache import AnchorBatch, AnchorCache, AnchorOrder
+from craft_opt.bridge.anchor_cache import AnchorCache
 from craft_opt.bridge.anchor_frames import AnchorSource, FrameReader
 from craft_opt.bridge.anchor_manifest import (
     DTYPES,
@@ -31,7 +31,7 @@ from craft_opt.bridge.anchor_manifest import (
     sync_folder,
     write_atomically,
 )
-from craft_opt.bridge.anchor_shards import ShardWriter, Teacher, dtype_name, process_anchors
+from craft_opt.bridge.anchor_shards import ShardWriter, Teacher, dtype_name
 from craft_opt.bridge.features import (
     DEFAULT_LAYERS,
     DEFAULT_POOLING,
@@ -50,16 +50,7 @@ from craft_opt.bridge.policies import (
     without_renaming,
 )
 
-__all__ = [
-    "AnchorBatch",
-    "AnchorBuild",
-    "AnchorCache",
-    "AnchorManifest",
-    "AnchorOrder",
-    "AnchorSource",
-    "build_cache",
-    "process_anchors",
-]
+__all__ = ["AnchorBuild", "AnchorSource", "build_cache", "prepare_build"]
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from craft_opt import CraftOptimizer
-from craft_opt.bridge.anchor_cache import sync_folder
+from craft_opt.bridge.anchor_manifest import sync_folder
 from craft_opt.bridge.config import CraftTrainConfig
 
 CRAFT_STATE_FILE = "craft_state.safetensors"

@@ -12,10 +12,13 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from craft_opt.bridge import shorten_codec_warning
 from craft_opt.config import CraftConfig
+
+if TYPE_CHECKING:
+    from craft_opt.bridge.loop import TrainSummary
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -355,7 +358,11 @@ def _train(command: Command) -> int:
         return report_error(error)
     except lerobot_flags.PARSER_ERRORS as error:
         return report_error(error)
-    summary = run_steps(run)
+    return show_summary(run_steps(run))
+
+
+def show_summary(summary: TrainSummary) -> int:
+    """Say where the results of a finished run are and return 0."""
     if summary.checkpoint is not None:
         print(f"Trained policy: {summary.checkpoint / 'pretrained_model'}")
     print(f"Metrics: {summary.metrics_file}")

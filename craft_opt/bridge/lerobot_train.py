@@ -114,10 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.EXIT_USER_ERROR if stopped.code else 0
     except _USER_ERRORS as error:
         return cli.report_error(error)
-    if summary.checkpoint is not None:
-        print(f"Trained policy: {summary.checkpoint / 'pretrained_model'}")
-    print(f"Metrics: {summary.metrics_file}")
-    return 0
+    return cli.show_summary(summary)
 
 
 def _refuse_accumulation(cfg: CraftTrainConfig) -> None:

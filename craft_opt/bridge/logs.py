@@ -17,7 +17,7 @@ from lerobot.utils.utils import init_logging
 from tqdm import tqdm
 
 from craft_opt import CraftConfig
-from craft_opt.bridge.anchor_cache import write_atomically
+from craft_opt.bridge.anchor_manifest import write_atomically
 from craft_opt.bridge.retention_term import Retention
 from craft_opt.bridge.step import StepResult
 

@@ -21,8 +21,9 @@ from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS
 from torch import Tensor, nn
 
 from craft_opt.bridge import features
-from craft_opt.bridge.anchor_cache import AnchorBatch, AnchorCache, AnchorOrder, rebuild_hint
-from craft_opt.bridge.anchors import process_anchors
+from craft_opt.bridge.anchor_cache import AnchorBatch, AnchorCache, AnchorOrder
+from craft_opt.bridge.anchor_manifest import rebuild_hint
+from craft_opt.bridge.anchor_shards import process_anchors
 from craft_opt.bridge.features import (
     Features,
     FeatureSpec,

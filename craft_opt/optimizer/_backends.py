@@ -206,8 +206,7 @@ class NumbaBackend:
                 keys = rounding.rounding_keys(rule.config.rounding_seed, layout.streams, int(before[1]))
                 plan.table[:, self._kernel.KEY] = keys.numpy()
             plan.update(_packed(groups), buffers.steps, decision.a, decision.b, stochastic=stochastic)
-            reached = layout.reached
-            buffers.steps.add_(1.0 if all(reached) else _mask(reached, layout.device))
+            buffers.steps.add_(_mask(layout.reached, layout.device))
         buffers.dual.copy_(torch.tensor(decision.dual, dtype=torch.float64))
         buffers.metrics.copy_(torch.tensor(decision.metrics, dtype=torch.float64))
 

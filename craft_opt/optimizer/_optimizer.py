@@ -450,7 +450,8 @@ class CraftOptimizer(Optimizer):
             layout.drop_retention(keep=keep)
             layout.buffers.step_in[0] = 0.0
             layout.buffers.step_in[3] = 0.0
-            layout.buffers.step_in[4] = 1.0
+            if self._age:  # only a reused gradient has lowered it: no launch for anybody else
+                layout.buffers.step_in[4] = 1.0
         if not keep:
             self._age = None
 

@@ -15,14 +15,8 @@ import torch
 from lerobot.datasets import LeRobotDataset
 from safetensors.torch import load_file, save_file
 
-from craft_opt.bridge.anchor_cache import (
-    FEATURE_MASK,
-    AnchorCache,
-    AnchorManifest,
-    AnchorOrder,
-    partial_folder,
-    sha256_of_file,
-)
+from craft_opt.bridge.anchor_cache import AnchorCache, AnchorOrder
+from craft_opt.bridge.anchor_manifest import FEATURE_MASK, AnchorManifest, partial_folder, sha256_of_file
 from craft_opt.bridge.anchors import AnchorSource, build_cache
 from craft_opt.bridge.anchors_cli import main as anchors_main
 from tests.bridge.conftest import CACHE_SIZE, SHARD_SIZE

@@ -10,8 +10,8 @@ import torch
 from lerobot.datasets.dataset_tools import delete_episodes
 from safetensors.torch import load_file, save_file
 
-from craft_opt.bridge.anchor_cache import AnchorCache, AnchorManifest
-from craft_opt.bridge.anchor_manifest import is_plain_name
+from craft_opt.bridge.anchor_cache import AnchorCache
+from craft_opt.bridge.anchor_manifest import AnchorManifest, is_plain_name
 from craft_opt.bridge.anchors import AnchorSource, build_cache
 from tests.quickstart.support import TASKS, make_tiny_dataset
 

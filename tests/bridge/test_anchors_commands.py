@@ -163,7 +163,7 @@ def test_verify_computes_features_and_cross_entropies_again(cache, world, tmp_pa
 
 
 def reseal_shard(folder: Path, file: Path) -> None:
-    from craft_opt.bridge.anchor_cache import sha256_of_file
+    from craft_opt.bridge.anchor_manifest import sha256_of_file
 
     shards = json.loads((folder / "manifest.json").read_text())["shards"]
     changed = {"sha256": sha256_of_file(file), "bytes": file.stat().st_size}

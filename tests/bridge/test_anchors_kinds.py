@@ -10,9 +10,9 @@ from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS, OB
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from craft_opt.bridge.anchor_cache import AnchorCache, AnchorManifest
+from craft_opt.bridge.anchor_cache import AnchorCache
 from craft_opt.bridge.anchor_frames import AnchorSource, FrameReader
-from craft_opt.bridge.anchor_manifest import FORMAT
+from craft_opt.bridge.anchor_manifest import FORMAT, AnchorManifest
 from craft_opt.bridge.anchor_shards import Teacher, process_anchors, token_rows
 from craft_opt.bridge.anchors import build_cache, prepare_build
 from craft_opt.bridge.features import action_logits, generated_tokens

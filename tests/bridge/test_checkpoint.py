@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from craft_opt.bridge import cli
-from craft_opt.bridge.anchor_cache import AnchorManifest
+from craft_opt.bridge.anchor_manifest import AnchorManifest
 from craft_opt.bridge.checkpoint import CraftState, latest_checkpoint
 from craft_opt.bridge.config import resume_config
 from craft_opt.bridge.loop import train

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from craft_opt import CraftConfig
 from craft_opt.bridge import cli
-from craft_opt.bridge.anchor_cache import AnchorManifest, sha256_of_file
+from craft_opt.bridge.anchor_manifest import AnchorManifest, sha256_of_file
 from craft_opt.bridge.anchors import build_cache
 from craft_opt.bridge.checkpoint import CraftState
 from craft_opt.bridge.logs import StepRecord, read_steps

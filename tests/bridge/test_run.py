@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from craft_opt import CraftConfig
 from craft_opt.bridge import cli
-from craft_opt.bridge.anchor_cache import AnchorManifest, sha256_of_file
+from craft_opt.bridge.anchor_manifest import AnchorManifest, sha256_of_file
 from craft_opt.bridge.anchors import AnchorSource, build_cache
 from craft_opt.bridge.config import CraftTrainConfig
 from craft_opt.bridge.loop import prepare, run_steps, train

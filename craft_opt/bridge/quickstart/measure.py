@@ -16,7 +16,7 @@ from lerobot.utils.constants import ACTION_TOKENS
 from torch import Tensor
 from torch.nn import functional
 
-from craft_opt.bridge.anchor_cache import write_atomically
+from craft_opt.bridge.anchor_manifest import write_atomically
 from craft_opt.bridge.dataset import in_memory
 from craft_opt.bridge.features import FeatureSpec, depth_of, hidden_features, pi0_fast_of
 from craft_opt.bridge.policies import load_policy, make_processors, read_policy_config

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from craft_opt import CraftConfig
-from craft_opt.bridge.anchor_cache import VERSION, write_atomically
+from craft_opt.bridge.anchor_manifest import VERSION, write_atomically
 from craft_opt.bridge.anchors import AnchorSource, build_cache
 from craft_opt.bridge.checkpoint import latest_checkpoint
 from craft_opt.bridge.config import fine_tune_config, resume_config
