@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import is_available as distributed_available
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
@@ -28,12 +27,14 @@ from craft_opt.optimizer._backends import (
 )
 from craft_opt.optimizer._layout import LAND_AT_ONCE, DeviceLayout, Slot, check_grad, group_by_device
 from craft_opt.optimizer._metrics import StepMetrics
+from craft_opt.optimizer._processes import Processes, RetentionAverage, world_size
+from craft_opt.optimizer._shards import like, local_part, part_like
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "numba", "torch")
 DUAL_KEY = "craft_dual"
-REUSED_KEY = "craft_reused"
+REUSED_KEY, AGE_KEY = "craft_reused", "craft_reused_age"
 SETTINGS = ("config", "max_grad_norm", "backend", "total_steps")
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -66,10 +67,18 @@ class CraftOptimizer(Optimizer):
             stays at ``epsilon_start``.
         amsgrad: As in ``torch.optim.AdamW``.
         maximize: As in ``torch.optim.AdamW``; both gradients are negated.
+        process_group: The torch.distributed group of the processes that train this model; None takes the default one.
+
+    With several processes every one of them calls the same methods in the same order. Replicas: wrap the model in
+    DistributedDataParallel, which averages the task gradients; the retention gradients and L_ret are averaged here, so
+    the retention loss runs on the module inside (``ddp.module``). Shards: ``fully_shard`` (FSDP2) averages both
+    gradients; λ's state and the moments go through ``torch.distributed.checkpoint``. Every process takes the same
+    decisions, and a gradient or loss that is not finite in one of them skips the step in all.
 
     Raises:
         ValueError: A setting is out of its range, or a parameter has a dtype or device that is not supported.
-        RuntimeError: More than one process, DTensor parameters or sparse gradients.
+        RuntimeError: Sparse gradients; parameters of FSDP1, of DeepSpeed, or distributed in different ways; replicas
+            whose task gradients differ at the first step.
 
     Source: AdamW, Loshchilov and Hutter (arXiv 1711.05101), Algorithm 2, in torch's form; projection, Yu et al.
     (arXiv 2001.06782), Algorithm 1, and Chaudhry et al. (arXiv 1812.00420), equation 11. Deviations: see
@@ -106,8 +115,8 @@ class CraftOptimizer(Optimizer):
         total_steps: int | None = None,
         amsgrad: bool = False,
         maximize: bool = False,
+        process_group: Any = None,
     ) -> None:
-        _refuse_distributed()
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -118,6 +127,7 @@ class CraftOptimizer(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.backend = backend
         self.total_steps = total_steps
+        self.process_group = process_group
         self._start_fresh()
         # torch.optim.AdamW's group keys, in its order, so that state dicts go both ways.
         defaults = {
@@ -143,6 +153,10 @@ class CraftOptimizer(Optimizer):
         self._hooks: dict[int, RemovableHandle] = {}
         weakref.finalize(self, _remove_hooks, self._hooks)
         self._backends: dict[str, Backend] = {}
+        self._processes = Processes()
+        self._average: RetentionAverage | None = None
+        self._is_local = False  # a captured retention gradient that was not averaged yet
+        self._are_alike = False  # the processes were found to hold the same model
         self._capturing = False
         self._task_backwards: set[int] = set()
         # What the first layout starts from; the layouts hold it afterwards.
@@ -180,11 +194,6 @@ class CraftOptimizer(Optimizer):
         if group["differentiable"]:
             raise ValueError("differentiable=True is not supported: the step updates parameters in place")
         for p in group["params"]:
-            if type(p).__name__ == "DTensor":
-                raise RuntimeError(
-                    "CraftOptimizer got a DTensor parameter; sharded training is not supported yet, "
-                    "build the optimizer from the unsharded module's parameters"
-                )
             if p.dtype not in kernel.SUPPORTED_DTYPES:
                 raise ValueError(
                     f"parameters must be fp32, bf16 or fp16 (moments are fp32), got {p.dtype} of shape "
@@ -239,10 +248,15 @@ class CraftOptimizer(Optimizer):
     def _ensure_layout(self) -> list[DeviceLayout]:
         """Return the layouts, built again where parameters were added, (un)frozen, moved or changed their form."""
         # Every step asks: one number a parameter, -1 for a frozen one.
-        signature = [p.data_ptr() if p.requires_grad else -1 for group in self.param_groups for p in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        parts = [local_part(p) for p in params] if self._processes.sharded else params
+        signature = [q.data_ptr() if p.requires_grad else -1 for p, q in zip(params, parts, strict=True)]
+        signature.append(world_size(self.process_group))
         if signature == self._signature:
             return self._layouts
+        self._finish_average()
         trainable = self._trainable()
+        self._find_processes(trainable)
         same = len(trainable) == len(self._slots) and all(
             p in self._slots and self._slots[p].group == i for p, i, _ in trainable
         )
@@ -250,6 +264,11 @@ class CraftOptimizer(Optimizer):
             self._build(trainable)
         self._signature = signature
         return self._layouts
+
+    def _find_processes(self, trainable: list[tuple[Tensor, int, int]]) -> None:
+        processes = Processes.of([p for p, _, _ in trainable], self.process_group)
+        if processes != self._processes:
+            self._processes, self._are_alike = processes, False
 
     def _trainable(self) -> list[tuple[Tensor, int, int]]:
         """Parameters that can have a gradient, with the index of their group and their number in the state dict."""
@@ -330,7 +349,7 @@ class CraftOptimizer(Optimizer):
     # -- retention -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def retention(self, loss: Tensor | float) -> Iterator[None]:
+    def retention(self, loss: Tensor | float, *, sync: bool = True) -> Iterator[None]:
         """Direct the gradients of the backward passes inside into the retention buffer.
 
         ``with opt.retention(loss): loss.backward()``. Task gradients that already lie in ``.grad`` stay as they are.
@@ -338,6 +357,8 @@ class CraftOptimizer(Optimizer):
         Args:
             loss: L_ret of these backward passes, one number, not scaled by a GradScaler; λ is held against it. Several
                 captures before one step add up, as their gradients do, so divide by the number of micro-batches.
+            sync: Whether replicas start averaging when the block ends, beside the task's forward; say False where
+                another capture follows before the step, which then averages once.
 
         Raises:
             ValueError: ``loss`` is not one number.
@@ -347,16 +368,17 @@ class CraftOptimizer(Optimizer):
             raise RuntimeError("retention() blocks do not nest: leave the first before the second")
         value = _as_scalar(loss)
         layouts = self._ensure_layout()
+        self._finish_average()
         task = {}
         for layout in layouts:
             layout.ensure_retention()
             for slot in layout.slots:
                 task[slot.param] = slot.param.grad
-                slot.param.grad = slot.ret_view if slot.ret_present else None
+                slot.grad = slot.ret_view if slot.ret_present else None
         self._capturing = True
         try:
             yield
-            self._finish_capture(value)
+            self._finish_capture(value, sync=sync)
         except BaseException:
             # Half a gradient is no gradient: the step that follows must not merge it.
             self._drop_retention()
@@ -366,7 +388,7 @@ class CraftOptimizer(Optimizer):
             for p, grad in task.items():
                 p.grad = grad
 
-    def _finish_capture(self, value: Tensor) -> None:
+    def _finish_capture(self, value: Tensor, *, sync: bool) -> None:
         """Land what lies in ``.grad`` in the retention buffer and add its loss."""
         if not any(slot.param.grad is not None for layout in self._layouts for slot in layout.slots):
             raise RuntimeError(
@@ -379,8 +401,24 @@ class CraftOptimizer(Optimizer):
             captured[0] += value.to(captured.device, torch.float64, non_blocking=True)
             captured[3] = 1.0
         self._age = 0
+        if self._processes.count > 1 and not self._processes.sharded:
+            self._is_local = True
+            if sync:
+                self._start_average()
 
-    def capture_retention(self, loss: Tensor | float, *, backward_passes: int | None = 1) -> None:
+    def _start_average(self) -> None:
+        """Average what was captured over the replicas, without waiting."""
+        if not self._are_alike:
+            self._processes.check_parameters(self._layouts)
+        self._average, self._is_local = RetentionAverage(self._processes, self._layouts), False
+
+    def _finish_average(self) -> None:
+        """Wait, in stream order, until the average that was started is there."""
+        if self._average is not None:
+            self._average.finish()
+            self._average = None
+
+    def capture_retention(self, loss: Tensor | float, *, backward_passes: int | None = 1, sync: bool = True) -> None:
         """Move the gradients that lie in ``.grad`` into the retention buffer: for loops that call backward elsewhere.
 
         ``retention_loss.backward(); opt.capture_retention(retention_loss)``.
@@ -389,6 +427,7 @@ class CraftOptimizer(Optimizer):
             loss: L_ret, as for :meth:`retention`.
             backward_passes: Backward passes whose gradients may lie in ``.grad``; None means any number. More than this
                 since the last ``zero_grad()`` or capture means that task gradients are among them.
+            sync: As for :meth:`retention`.
 
         Raises:
             ValueError: ``loss`` is not one number.
@@ -403,17 +442,18 @@ class CraftOptimizer(Optimizer):
                 f"{len(self._task_backwards)} if all of them were retention losses"
             )
         layouts = self._ensure_layout()
+        self._finish_average()
         for layout in layouts:
             layout.ensure_retention()
             for slot in layout.slots:
-                grad = slot.param.grad
+                grad = slot.grad
                 if grad is None or not slot.ret_present:
                     continue
                 check_grad(grad)
                 assert slot.ret_view is not None
                 slot.ret_view.add_(grad.detach())
-                slot.param.grad = slot.ret_view
-        self._finish_capture(value)
+                slot.grad = slot.ret_view
+        self._finish_capture(value, sync=sync)
         for slot in self._slots.values():
             slot.param.grad = None
         self._task_backwards.clear()
@@ -446,6 +486,8 @@ class CraftOptimizer(Optimizer):
                 (loss if scale is None else loss * scale.to(loss.device)).backward()
 
     def _drop_retention(self, *, keep: bool = False) -> None:
+        self._finish_average()
+        self._is_local = False
         for layout in self._layouts:
             layout.drop_retention(keep=keep)
             layout.buffers.step_in[0] = 0.0
@@ -497,7 +539,6 @@ class CraftOptimizer(Optimizer):
         Raises:
             RuntimeError: A task gradient was unscaled outside while a scaled retention gradient is pending.
         """
-        _refuse_distributed()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -506,8 +547,11 @@ class CraftOptimizer(Optimizer):
         if self._attached is not None and self._attempted % self._attached[1] == 0:
             self._run_attached(self._attached[0])
 
+        if self._is_local:
+            self._start_average()
         for layout in layouts:
             layout.land(retention=False)
+        self._finish_average()
         is_measured = any(slot.ret_present for slot in self._slots.values())
         if not is_measured and any(any(layout.task_present) for layout in layouts):
             self._recall_retention()
@@ -522,11 +566,18 @@ class CraftOptimizer(Optimizer):
             if has_ret:
                 layout.ensure_retention()
             layout.stage_in()
-        if len(layouts) == 1:
+        processes = self._processes
+        if processes.count > 1 and not processes.sharded and not self._are_alike:
+            grams = [self._backends[lay.device.type].reduce(lay, groups, rule, False) for lay in layouts]
+            processes.check_gradients(torch.stack([gram[0].to(layouts[0].device) for gram in grams]).sum())
+            self._are_alike = True
+        if len(layouts) == 1 and not processes.sharded:
             self._backends[layouts[0].device.type].step(layouts[0], groups, rule, has_ret)
         else:
             grams = [self._backends[lay.device.type].reduce(lay, groups, rule, has_ret) for lay in layouts]
             total = torch.stack([gram.to(layouts[0].device, non_blocking=True) for gram in grams]).sum(dim=0)
+            if processes.sharded:
+                total = processes.agree_on_step(total, layouts)
             for lay in layouts:
                 here = total.to(lay.device, non_blocking=True)
                 self._backends[lay.device.type].apply(lay, groups, rule, has_ret, here)
@@ -534,7 +585,7 @@ class CraftOptimizer(Optimizer):
         for layout in layouts:
             layout.stage_out()
             reached = [slot for slot, there in zip(layout.slots, layout.reached, strict=True) if there]
-            updated += [slot.param for slot in reached]
+            updated += [slot.part for slot in reached]
             # A default dict: whoever looked before the first step left an empty entry behind.
             if len(self.state) < len(self._slots) or not all(self.state.values()):
                 for slot in reached:
@@ -573,9 +624,15 @@ class CraftOptimizer(Optimizer):
         gradients must keep their addresses, so backward belongs into the graph or ``zero_grad(set_to_none=False)``.
 
         Raises:
-            RuntimeError: The parameters are not on one CUDA device with the Triton backend, or no step ran before.
+            RuntimeError: The parameters are not on one CUDA device with the Triton backend, no step ran before, or
+                there are several processes.
         """
         backend = self._backends.get("cuda")
+        if self._processes.count > 1:
+            raise RuntimeError(
+                f"a captured step cannot be replayed in {self._processes.count} processes: the host takes part in "
+                f"averaging; call step() itself"
+            )
         if not self._stepped or len(self._layouts) != 1 or not isinstance(backend, TritonBackend):
             raise RuntimeError(
                 "prepare_replay() needs a captured step of the Triton backend on one CUDA device; take one step of "
@@ -607,10 +664,10 @@ class CraftOptimizer(Optimizer):
 
     @staticmethod
     def _state_views(slot: Slot) -> dict[str, Tensor]:
-        state = {"step": slot.step, "exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq}
-        if slot.max_exp_avg_sq is not None:
-            state["max_exp_avg_sq"] = slot.max_exp_avg_sq
-        return state
+        moments = {name: getattr(slot, name) for name in ADAMW_MOMENTS}
+        return {"step": slot.step} | {
+            name: like(slot.param, moment) for name, moment in moments.items() if moment is not None
+        }
 
     @torch.no_grad()
     def _fill(self, slot: Slot, state: dict[str, Any]) -> None:
@@ -619,7 +676,7 @@ class CraftOptimizer(Optimizer):
         for name in ADAMW_MOMENTS:
             target, source = getattr(slot, name), state.get(name)
             if target is not None and source is not None:
-                target.copy_(source)
+                target.copy_(part_like(slot.param, source))
         self.state[slot.param] = self._state_views(slot)
 
     def state_dict(self) -> dict[str, Any]:
@@ -654,14 +711,23 @@ class CraftOptimizer(Optimizer):
                 }
                 saved["state"] = dict(sorted(saved["state"].items()))
             saved["state"][index][DUAL_KEY] = DualState(self._dual).state_dict()
-        if self._age is not None and any(slot.ret_kept for slot in self._slots.values()):
-            # A resumed run goes on reusing the gradient, so it is part of the state.
-            saved["state"][index][DUAL_KEY]["age"] = torch.tensor(self._age)
-            numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-            for p, slot in self._slots.items():
-                if slot.ret_kept and slot.ret_view is not None:
-                    saved["state"][numbers[p]][REUSED_KEY] = slot.ret_view
+        if self.config.off_steps == "reuse":
+            self._add_reused(saved)
         return saved
+
+    def _add_reused(self, saved: dict[str, Any]) -> None:
+        """Add the gradient that a resumed run goes on reusing, and its age in steps, -1 where there is none.
+
+        Every parameter has an entry: torch.distributed.checkpoint loads what the loading optimizer has too, no more.
+        """
+        numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        for p, slot in self._slots.items():
+            if numbers[p] not in saved["state"]:
+                continue
+            kept = slot.ret_view if slot.ret_kept else None
+            reused = torch.zeros_like(slot.exp_avg, dtype=slot.dtype) if kept is None else kept
+            age = -1 if kept is None or self._age is None else self._age
+            saved["state"][numbers[p]] |= {REUSED_KEY: like(p, reused), AGE_KEY: torch.tensor(age)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.AdamW; moments are taken over in fp32.
@@ -707,6 +773,8 @@ class CraftOptimizer(Optimizer):
                         f"state of parameter {key}: {name} has shape {tuple(state[name].shape)}, "
                         f"the parameter {tuple(p.shape)}"
                     )
+            if int(state.get(AGE_KEY, -1)) >= 0 and REUSED_KEY not in state:
+                raise ValueError(f"state of parameter {key} has {AGE_KEY!r} and no {REUSED_KEY!r}, which it belongs to")
             if DUAL_KEY in state:
                 DualState.create(self.config, "cpu").load_state_dict(state[DUAL_KEY], self.config)
 
@@ -716,6 +784,7 @@ class CraftOptimizer(Optimizer):
         if craft is not None:
             for name in SETTINGS:
                 setattr(self, name, craft[name])
+            self.process_group = None  # a group belongs to the program that made it; the default one is taken again
             self._start_fresh()
             self._first_dual = craft["dual"]
             self._attempted = craft["attempted"]
@@ -736,6 +805,7 @@ class CraftOptimizer(Optimizer):
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
         self.state.clear()
         self._signature = None
+        self._find_processes(self._trainable())
         self._build(self._trainable())
         self._drop_retention()
         for key, p in zip(ids, params, strict=True):
@@ -744,13 +814,14 @@ class CraftOptimizer(Optimizer):
                 continue
             if slot is None:
                 # A frozen parameter: kept as it came, for the day it is thawed or saved.
-                self.state[p] = {k: v for k, v in state.items() if k not in (DUAL_KEY, REUSED_KEY)}
+                self.state[p] = {k: v for k, v in state.items() if k not in (DUAL_KEY, REUSED_KEY, AGE_KEY)}
             else:
                 self._fill(slot, state)
-                if REUSED_KEY in state:
-                    self._hold_retention(slot, state[REUSED_KEY], kept=True)
+                age = int(state.get(AGE_KEY, -1))
+                if age >= 0:
+                    self._age = age
+                    self._hold_retention(slot, part_like(p, state[REUSED_KEY]), kept=True)
             if DUAL_KEY in state:
-                self._age = int(state[DUAL_KEY]["age"]) if "age" in state[DUAL_KEY] else None
                 dual = DualState.create(self.config, "cpu")
                 dual.load_state_dict(state[DUAL_KEY], self.config)
                 for layout in self._layouts:
@@ -782,15 +853,3 @@ def _as_scalar(loss: Tensor | float) -> Tensor:
 def _remove_hooks(hooks: dict[int, RemovableHandle]) -> None:
     for handle in hooks.values():
         handle.remove()
-
-
-def _refuse_distributed() -> None:
-    if not distributed_available():
-        return
-    import torch.distributed as dist
-
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError(
-            f"CraftOptimizer does not support several processes yet (found {dist.get_world_size()}): λ and the "
-            f"conflict decision would differ between them. Start one process"
-        )
