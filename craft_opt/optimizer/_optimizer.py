@@ -67,6 +67,10 @@ class CraftOptimizer(Optimizer):
             stays at ``epsilon_start``.
         amsgrad: As in ``torch.optim.AdamW``.
         maximize: As in ``torch.optim.AdamW``; both gradients are negated.
+        foreach: Taken for AdamW's sake and kept in the param groups; ``backend`` chooses the implementation.
+        capturable: The same; True also keeps ``step`` on the parameter's device in the state dict, as in AdamW.
+        differentiable: Only False.
+        fused: As ``capturable``.
         process_group: The torch.distributed group of the processes that train this model; None takes the default one.
 
     With several processes every one of them calls the same methods in the same order. Replicas: wrap the model in
@@ -77,8 +81,8 @@ class CraftOptimizer(Optimizer):
 
     Raises:
         ValueError: A setting is out of its range, or a parameter has a dtype or device that is not supported.
-        RuntimeError: Sparse gradients; parameters of FSDP1, of DeepSpeed, or distributed in different ways; replicas
-            whose task gradients differ at the first step.
+        RuntimeError: Sparse gradients; ``foreach`` with ``fused``; parameters of FSDP1, of DeepSpeed, or distributed in
+            different ways; replicas whose task gradients differ at the first step.
 
     Source: AdamW, Loshchilov and Hutter (arXiv 1711.05101), Algorithm 2, in torch's form; projection, Yu et al.
     (arXiv 2001.06782), Algorithm 1, and Chaudhry et al. (arXiv 1812.00420), equation 11. Deviations: see
@@ -115,10 +119,19 @@ class CraftOptimizer(Optimizer):
         total_steps: int | None = None,
         amsgrad: bool = False,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         process_group: Any = None,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if isinstance(max_grad_norm, bool):
+            raise ValueError(
+                f"max_grad_norm must be a number above 0, or None for no clip, got {max_grad_norm!r}; AdamW's sixth "
+                f"argument is amsgrad, which has to be named here: amsgrad={max_grad_norm!r}"
+            )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, or None for no clip, got {max_grad_norm!r}")
         if total_steps is not None and total_steps < 1:
@@ -137,12 +150,13 @@ class CraftOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
-            "foreach": None,
-            "capturable": False,
-            "differentiable": False,
-            "fused": None,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
             "decoupled_weight_decay": True,
         }
+        self._check_settings(defaults)
         super().__init__(params, defaults)
 
     def _start_fresh(self) -> None:
@@ -181,7 +195,7 @@ class CraftOptimizer(Optimizer):
         self._hook(self.param_groups[-1]["params"])
 
     @staticmethod
-    def _check_group(group: dict[str, Any]) -> None:
+    def _check_settings(group: dict[str, Any]) -> None:
         lr, betas = group["lr"], group["betas"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a 1-element tensor, got shape {tuple(lr.shape)}")
@@ -189,10 +203,18 @@ class CraftOptimizer(Optimizer):
             if not value >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
         for i, beta in enumerate(betas):
+            if isinstance(beta, Tensor) and beta.numel() != 1:
+                raise ValueError(f"betas[{i}] must be a number or a 1-element tensor, got shape {tuple(beta.shape)}")
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"betas[{i}] must be in [0, 1), got {beta!r}")
         if group["differentiable"]:
             raise ValueError("differentiable=True is not supported: the step updates parameters in place")
+        if group["foreach"] and group["fused"]:
+            raise RuntimeError("foreach=True and fused=True exclude each other, as in AdamW; leave both out")
+
+    @classmethod
+    def _check_group(cls, group: dict[str, Any]) -> None:
+        cls._check_settings(group)
         for p in group["params"]:
             if p.dtype not in kernel.SUPPORTED_DTYPES:
                 raise ValueError(
