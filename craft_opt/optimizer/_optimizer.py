@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -163,7 +164,7 @@ class CraftOptimizer(Optimizer):
         """Set everything that is neither a setting nor torch's own."""
         self._layouts: list[DeviceLayout] = []
         self._slots: dict[Tensor, Slot] = {}
-        self._signature: list[int] | None = None
+        self._signature: list[Any] | None = None
         self._hooks: dict[int, RemovableHandle] = {}
         weakref.finalize(self, _remove_hooks, self._hooks)
         self._backends: dict[str, Backend] = {}
@@ -215,8 +216,13 @@ class CraftOptimizer(Optimizer):
     @classmethod
     def _check_group(cls, group: dict[str, Any]) -> None:
         cls._check_settings(group)
-        for p in group["params"]:
-            if p.dtype not in kernel.SUPPORTED_DTYPES:
+        cls._check_dtypes(group["params"])
+
+    @staticmethod
+    def _check_dtypes(params: Iterable[Tensor]) -> None:
+        """Frozen parameters may be anything, quantised weights for example."""
+        for p in params:
+            if p.requires_grad and p.dtype not in kernel.SUPPORTED_DTYPES:
                 raise ValueError(
                     f"parameters must be fp32, bf16 or fp16 (moments are fp32), got {p.dtype} of shape "
                     f"{tuple(p.shape)}; use model.float()"
@@ -269,10 +275,12 @@ class CraftOptimizer(Optimizer):
 
     def _ensure_layout(self) -> list[DeviceLayout]:
         """Return the layouts, built again where parameters were added, (un)frozen, moved or changed their form."""
-        # Every step asks: one number a parameter, -1 for a frozen one.
+        # Every step asks. Strides and dtype too: memory that was freed may be another tensor's in the same place.
         params = [p for group in self.param_groups for p in group["params"]]
         parts = [local_part(p) for p in params] if self._processes.sharded else params
-        signature = [q.data_ptr() if p.requires_grad else -1 for p, q in zip(params, parts, strict=True)]
+        signature: list[Any] = [
+            (q.data_ptr(), q.stride(), q.dtype) if p.requires_grad else None for p, q in zip(params, parts, strict=True)
+        ]
         signature.append(world_size(self.process_group))
         if signature == self._signature:
             return self._layouts
@@ -295,13 +303,19 @@ class CraftOptimizer(Optimizer):
     def _trainable(self) -> list[tuple[Tensor, int, int]]:
         """Parameters that can have a gradient, with the index of their group and their number in the state dict."""
         everything = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
-        return [(p, i, number) for number, (p, i) in enumerate(everything) if p.requires_grad]
+        # A parameter that is listed twice (torch warns of it) has one gradient, and takes one step.
+        once: dict[Tensor, tuple[Tensor, int, int]] = {}
+        for number, (p, i) in enumerate(everything):
+            if p.requires_grad:
+                once.setdefault(p, (p, i, number))
+        return list(once.values())
 
     def _build(self, trainable: list[tuple[Tensor, int, int]]) -> None:
         """Lay the parameters out afresh, keeping moments, step counts, dual state and pending gradients."""
         for device in {p.device for p, _, _ in trainable}:
             if device.type not in ("cpu", "cuda"):
                 raise ValueError(f"CraftOptimizer runs on CPU and CUDA devices, got parameters on {device}")
+        self._check_dtypes(p for p, _, _ in trainable)
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
         held = {
             p: (slot.ret_view, slot.ret_kept) for p, slot in self._slots.items() if slot.ret_present or slot.ret_kept
@@ -707,9 +721,17 @@ class CraftOptimizer(Optimizer):
         ``craft_dual`` holds ``lam`` (fp64), ``t`` and ``skipped`` (int64), each of shape (). Moments are fp32. As in
         AdamW, ``step`` is fp32 on the CPU unless the group is ``capturable`` or ``fused``. This waits for the device.
         """
-        layouts = self._ensure_layout()
-        saved = super().state_dict()
-        on_host = {layout.device: layout.buffers.steps.to("cpu", copy=True) for layout in layouts}
+        self._ensure_layout()
+        # Registered first, so that the user's own hooks see the whole state dict.
+        handle = self.register_state_dict_post_hook(lambda _, saved: self._complete(saved), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _complete(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Add to torch's state dict what only this class has: λ and t, a reused gradient; ``step`` on the CPU."""
+        on_host = {layout.device: layout.buffers.steps.to("cpu", copy=True) for layout in self._layouts}
         index = 0
         first: tuple[int, Slot] | None = None
         for group in self.param_groups:
@@ -731,7 +753,8 @@ class CraftOptimizer(Optimizer):
                     **self._state_views(slot),
                     "step": on_host[slot.param.device][slot.segment].clone(),
                 }
-                saved["state"] = dict(sorted(saved["state"].items()))
+                # In order; what hooks put beside the parameters comes last.
+                saved["state"] = dict(sorted(saved["state"].items(), key=_number))
             saved["state"][index][DUAL_KEY] = DualState(self._dual).state_dict()
         if self.config.off_steps == "reuse":
             self._add_reused(saved)
@@ -765,7 +788,8 @@ class CraftOptimizer(Optimizer):
             # torch casts moments to the parameter's dtype while loading, so they are set aside before.
             self._check_incoming(incoming)
             self._incoming = incoming
-            bare = {k: {n: v for n, v in s.items() if n == "step"} for k, s in incoming["state"].items()}
+            ids = {i for group in incoming["param_groups"] for i in group["params"]}
+            bare = {k: {} if k in ids else value for k, value in incoming["state"].items()}
             return {**incoming, "state": bare}
 
         # Registered last, so that it sees what the user's own hooks made of the state dict.
@@ -777,6 +801,17 @@ class CraftOptimizer(Optimizer):
             self._incoming = None
 
     def _check_incoming(self, incoming: dict[str, Any]) -> None:
+        for i, group in enumerate(incoming["param_groups"]):
+            missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
+            if missing:
+                raise ValueError(
+                    f"param group {i} of the state dict has no {' and no '.join(map(repr, missing))} (found: "
+                    f"{', '.join(map(str, group))}); only state dicts of AdamW and CraftOptimizer can be loaded"
+                )
+            try:
+                self._check_settings({**self.defaults, **group})
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"param group {i} of the state dict: {error}") from error
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
         for key, p in zip(ids, params, strict=False):
@@ -789,7 +824,11 @@ class CraftOptimizer(Optimizer):
                         f"state of parameter {key} has no {name!r} (found: {', '.join(sorted(state))}); "
                         f"only states of AdamW and CraftOptimizer can be loaded"
                     )
+            if isinstance(state["step"], Tensor) and state["step"].numel() != 1:
+                raise ValueError(f"state of parameter {key}: step has shape {tuple(state['step'].shape)}, not ()")
             for name in (*ADAMW_MOMENTS, REUSED_KEY):
+                if name in state and not (isinstance(state[name], Tensor) and state[name].is_floating_point()):
+                    raise ValueError(f"state of parameter {key}: {name} is no tensor of real numbers")
                 if name in state and state[name].shape != p.shape:
                     raise ValueError(
                         f"state of parameter {key}: {name} has shape {tuple(state[name].shape)}, "
@@ -814,6 +853,8 @@ class CraftOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            # A state dict of Adam says False, of decay as part of the gradient; AdamW sets this too.
+            group["decoupled_weight_decay"] = True
         if craft is not None:
             for group in self.param_groups:
                 self._hook(group["params"])
@@ -825,7 +866,8 @@ class CraftOptimizer(Optimizer):
         """Copy the loaded state, set aside by load_state_dict, into the flat buffers."""
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
-        self.state.clear()
+        for p in params:
+            self.state.pop(p, None)
         self._signature = None
         self._find_processes(self._trainable())
         self._build(self._trainable())
@@ -855,6 +897,10 @@ class CraftOptimizer(Optimizer):
         craft = {name: getattr(self, name) for name in SETTINGS}
         craft.update(dual=self._dual.to("cpu", copy=True), attempted=self._attempted)
         return {**super().__getstate__(), "craft": craft}
+
+
+def _number(entry: tuple[Any, Any]) -> float:
+    return entry[0] if isinstance(entry[0], int) else math.inf
 
 
 def _is_capturing(layouts: list[DeviceLayout]) -> bool:
