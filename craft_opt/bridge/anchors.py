@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset
 from lerobot.datasets.factory import resolve_delta_timestamps
+from safetensors import SafetensorError
 
 from craft_opt.bridge.anchor_cache import AnchorCache
 from craft_opt.bridge.anchor_frames import AnchorSource, FrameReader
@@ -31,7 +32,7 @@ from craft_opt.bridge.anchor_manifest import (
     sync_folder,
     write_atomically,
 )
-from craft_opt.bridge.anchor_shards import ShardWriter, Teacher, dtype_name
+from craft_opt.bridge.anchor_shards import CHECKSUM_SUFFIX, ShardWriter, Teacher, dtype_name
 from craft_opt.bridge.features import (
     DEFAULT_LAYERS,
     DEFAULT_POOLING,
@@ -49,6 +50,7 @@ from craft_opt.bridge.policies import (
     read_policy_config,
     without_renaming,
 )
+from craft_opt.bridge.run_guard import LOCK_FILE, locked
 
 __all__ = ["AnchorBuild", "AnchorSource", "build_cache", "prepare_build"]
 
@@ -92,7 +94,20 @@ class AnchorBuild:
         Raises:
             ValueError: The teacher's features or tokens are of no use.
             FileExistsError: The output is there and holds something else.
+            BlockingIOError: Another process builds it.
+            OSError: It could not be written.
         """
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.output.with_name(f"{self.output.name}{LOCK_FILE}"), f"the anchor cache {self.output}"):
+            try:
+                return self._run(progress)
+            except SafetensorError as error:
+                raise OSError(
+                    f"{partial_folder(self.output)} could not be written to ({error}); make room and give the same "
+                    f"command again, which goes on where it was"
+                ) from error
+
+    def _run(self, progress: bool) -> AnchorManifest:
         if self.output.exists():
             return _finished(self.output, self.draft)
         folder = _start(self.output, digest([self.draft, self.frames, self.shard_size]))
@@ -106,6 +121,8 @@ class AnchorBuild:
             versions={name: version(name) for name in ("craft-opt", "lerobot", "torch", "transformers")},
         )
         manifest.write(folder)
+        for checksum in folder.glob(f"*{CHECKSUM_SUFFIX}"):
+            checksum.unlink()
         (folder / _PLAN_FILE).unlink()
         folder.rename(self.output)
         sync_folder(self.output.parent)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from craft_opt.bridge.anchor_manifest import KINDS, STORAGES
+from craft_opt.bridge.run_guard import describe, exit_code, sigterm_as_interrupt
 
 EXIT_REFUSED = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes ``sys.argv``.
 
     Returns:
-        Exit code: 0, 1 where ``verify`` refuses a cache, 2 for a command that cannot be carried out, 130 after Ctrl-C.
+        Exit code: 0, 1 where ``verify`` refuses a cache, 2 for a command that cannot be carried out, 130 after Ctrl-C,
+        143 after SIGTERM.
     """
     parser, commands = _parsers()
     argv = sys.argv[1:] if argv is None else argv
@@ -45,15 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 close = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
                 parser.error(f"unknown flag {flag}{f'; did you mean {close[0]}?' if close else ''}")
     args = parser.parse_args(argv)
-    try:
-        return {"build": _build, "inspect": _inspect, "verify": _verify}[args.command](args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        again = "; the same command goes on where it was" if args.command == "build" else ""
-        print(f"interrupted{again}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    again = "; the same command goes on where it was" if args.command == "build" else ""
+    with sigterm_as_interrupt():
+        try:
+            return {"build": _build, "inspect": _inspect, "verify": _verify}[args.command](args)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        except KeyboardInterrupt as interrupt:
+            print(f"{describe(interrupt)}{again}", file=sys.stderr)
+            return exit_code(interrupt)
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from craft_opt import CraftOptimizer
 from craft_opt.bridge.anchor_manifest import sync_folder
 from craft_opt.bridge.config import CraftTrainConfig
+from craft_opt.bridge.logs import METRICS_FILE
+from craft_opt.bridge.seals import check_prefix, check_seal, prefix_note, seal
 
 CRAFT_STATE_FILE = "craft_state.safetensors"
 _FORMAT = "craft-state-2"
@@ -106,11 +107,15 @@ def save(
     *,
     anchor_positions: tuple[int, ...],
     cache_digests: tuple[str, ...],
+    dataset: str = "",
 ) -> Path:
     """Write ``checkpoints/<step>`` under a temporary name, rename it, and let ``checkpoints/last`` point to it.
 
     Returns:
         The folder.
+
+    Raises:
+        OSError: It could not be written; the checkpoints of before are as they were.
     """
     assert cfg.output_dir is not None
     target = get_step_checkpoint_dir(cfg.output_dir, cfg.steps, step)
@@ -139,7 +144,8 @@ def save(
         accumulated=cfg.gradient_accumulation_steps,
     )
     state.write(partial / TRAINING_STATE_DIR / CRAFT_STATE_FILE)
-    _sync_tree(partial)
+    # The metrics up to here belong to it: a resumed run goes on with them.
+    seal(partial, metrics=prefix_note(cfg.output_dir / METRICS_FILE), dataset=dataset)
     replaced = target.with_name(target.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
@@ -225,10 +231,17 @@ def _point_last_to(target: Path) -> None:
     temporary.replace(link)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as stream:
-                os.fsync(stream.fileno())
-    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        sync_folder(path)
+def check_whole(folder: Path, output_dir: Path, dataset: str = "") -> None:
+    """Check a checkpoint, and the metrics and dataset that it goes on with, against its seal.
+
+    Raises:
+        ValueError: Something was damaged or changed since it was written.
+    """
+    notes = check_seal(folder, f"resume from another checkpoint of {folder.parent}, or from a copy")
+    check_prefix(notes.get("metrics", {}), output_dir / METRICS_FILE)
+    if dataset and (notes.get("dataset") or dataset) != dataset:
+        raise ValueError(
+            f"{folder} was trained on another state of the dataset: its files have changed since, so that the order of "
+            f"samples cannot be found again; put the dataset back, or start a fresh run from the weights with "
+            f"--policy.path={folder}/pretrained_model"
+        )

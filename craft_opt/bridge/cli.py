@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from craft_opt.bridge import shorten_codec_warning
+from craft_opt.bridge.run_guard import describe, exit_code, sigterm_as_interrupt
 from craft_opt.config import CraftConfig
 
 if TYPE_CHECKING:
     from craft_opt.bridge.loop import TrainSummary
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 RETENTION_CHOICES = ("hidden", "token_ce", "none")
 QUICKSTART_FLAGS = ("seed", "output_dir", "steps")
 # What makes a command line the real training and not the quickstart.
@@ -91,19 +91,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes ``sys.argv``.
 
     Returns:
-        Exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C.
+        Exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        command = read_command(argv)
-        if command.kind == "help":
-            return show_help(command)
-        return _quickstart(command) if command.kind == "quickstart" else _train(command)
-    except UsageError as error:
-        return report_error(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    with sigterm_as_interrupt():
+        try:
+            command = read_command(argv)
+            if command.kind == "help":
+                return show_help(command)
+            return _quickstart(command) if command.kind == "quickstart" else _train(command)
+        except UsageError as error:
+            return report_error(error)
+        except KeyboardInterrupt as interrupt:
+            print(describe(interrupt), file=sys.stderr)
+            return exit_code(interrupt)
 
 
 def read_command(argv: Sequence[str]) -> Command:
@@ -358,7 +359,25 @@ def _train(command: Command) -> int:
         return report_error(error)
     except lerobot_flags.PARSER_ERRORS as error:
         return report_error(error)
-    return show_summary(run_steps(run))
+    assert run.cfg.output_dir is not None
+    try:
+        return show_summary(run_steps(run))
+    except OSError as error:
+        return report_error(OSError(f"{error}; {how_to_go_on(run.cfg.output_dir)}"))
+    except KeyboardInterrupt:
+        print(how_to_go_on(run.cfg.output_dir), file=sys.stderr)
+        raise
+
+
+def how_to_go_on(output_dir: Path) -> str:
+    """The command that goes on with a run that ended before its last step."""
+    from craft_opt.bridge.checkpoint import latest_checkpoint
+
+    last = latest_checkpoint(output_dir)
+    if last is None:
+        return f"no checkpoint was written yet: delete {output_dir} and start again"
+    config = last / "pretrained_model" / "train_config.json"
+    return f"go on after step {int(last.name)} with: python train.py --resume=true --config_path={config}"
 
 
 def show_summary(summary: TrainSummary) -> int:

@@ -32,6 +32,7 @@ from lerobot.utils.collate import lerobot_collate_fn
 from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 from lerobot.utils.io_utils import load_json
 from lerobot.utils.random_utils import get_rng_state, set_rng_state, set_seed
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
@@ -57,6 +58,8 @@ from craft_opt.bridge.retention_term import (
     digests_of,
     open_caches,
 )
+from craft_opt.bridge.run_guard import LOCK_FILE, locked
+from craft_opt.bridge.seals import check_seal, dataset_digest
 from craft_opt.bridge.step import StepResult, Trained, train_step
 
 logger = logging.getLogger(__name__)
@@ -98,6 +101,7 @@ class Run:
         postprocessor: Of the policy.
         samples: The dataset as the steps read it, decoded in memory where it fits.
         start: Steps done before (resume).
+        data: What tells the dataset from another state of itself.
     """
 
     cfg: CraftTrainConfig
@@ -108,6 +112,7 @@ class Run:
     postprocessor: PolicyProcessorPipeline
     samples: Any
     start: int
+    data: str = ""
 
     @property
     def term(self) -> Retention | None:
@@ -160,6 +165,10 @@ def prepare(cfg: CraftTrainConfig) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = True
 
     dataset, eval_dataset = _datasets(cfg)
+    data = "" if cfg.dataset.streaming else dataset_digest(Path(dataset.root))
+    if cfg.resume:
+        assert cfg.checkpoint_path is not None
+        checkpoint.check_whole(cfg.checkpoint_path, cfg.output_dir, data)
     policy: PreTrainedPolicy = load_policy(cfg.policy, dataset.meta, cfg.rename_map)
     stats, whose = _statistics(cfg, dataset)
     preprocessor, postprocessor = make_processors(cfg.policy, stats=stats, rename_map=cfg.rename_map)
@@ -189,7 +198,7 @@ def prepare(cfg: CraftTrainConfig) -> Run:
     def run_with(term: Retention | None, start: int) -> Run:
         optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
         parts = Trained(policy, optimizer, scheduler, term)
-        return Run(cfg, parts, dataset, eval_dataset, preprocessor, postprocessor, samples, start)
+        return Run(cfg, parts, dataset, eval_dataset, preprocessor, postprocessor, samples, start, data)
 
     if term is not None and cfg.craft.epsilon == "auto" and not cfg.resume:
         cfg.set_epsilon(*_epsilon_of_naive_run(run_with(None, 0), term))
@@ -252,7 +261,42 @@ def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, 
     """Do the steps of a prepared run.
 
     Ctrl-C leaves the metrics of all finished steps and every checkpoint that was whole.
+
+    Raises:
+        BlockingIOError: Another process trains in the output folder.
+        OSError: Something could not be written, or a data worker died.
     """
+    with claimed(run.cfg):
+        return _run_steps(run, on_step, progress)
+
+
+@contextmanager
+def claimed(cfg: CraftTrainConfig) -> Iterator[None]:
+    """Keep the output folder for this run, and give errors of its steps a name.
+
+    Raises:
+        FileExistsError: It was made by another run since this one was prepared.
+        BlockingIOError: Another process trains in it.
+        OSError: Something could not be written, or a data worker died.
+    """
+    folder = cfg.output_dir
+    assert folder is not None
+    try:
+        folder.mkdir(parents=True, exist_ok=cfg.resume)
+    except FileExistsError as error:
+        raise FileExistsError(f"another run has made {folder} meanwhile; choose another --output_dir") from error
+    with locked(folder / LOCK_FILE, f"the output folder {folder}"):
+        try:
+            yield
+        except SafetensorError as error:
+            raise OSError(f"{folder} could not be written to ({error})") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(f"a data worker died ({error}); its dataset is {cfg.dataset.repo_id}") from error
+
+
+def _run_steps(run: Run, on_step: Callable[[StepRecord], None] | None, progress: bool) -> TrainSummary:
     cfg, parts = run.cfg, run.parts
     assert cfg.policy is not None and cfg.output_dir is not None
     mode = cfg.craft.retention_mode if cfg.craft.enabled else "none"
@@ -392,6 +436,8 @@ def _refuse_processes() -> None:
 
 
 def _datasets(cfg: CraftTrainConfig) -> tuple[LeRobotDataset, LeRobotDataset | None]:
+    if cfg.dataset.root is not None:
+        check_seal(Path(cfg.dataset.root), "record it again, or restore it from a copy")
     try:
         return make_train_eval_datasets(cfg)
     except (OSError, HTTPError) as error:
@@ -481,6 +527,7 @@ def save_run(run: Run, step: int) -> Path:
         (run.preprocessor, run.postprocessor),
         anchor_positions=term.positions if term is not None else (),
         cache_digests=term.digests if term is not None else (),
+        dataset=run.data,
     )
     say(f"Checkpoint: {folder}")
     if run.cfg.save_checkpoint_to_hub:

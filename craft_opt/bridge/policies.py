@@ -25,6 +25,7 @@ from torch import Tensor, nn
 # Makes --policy.type=pi0_fast_tiny and saved tiny policies known to LeRobot.
 import craft_opt.bridge.quickstart.configuration_pi0_fast_tiny  # noqa: F401
 from craft_opt.bridge.fingerprints import teacher_fingerprint
+from craft_opt.bridge.seals import check_seal
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def load_policy(
     """
     check_cameras(config, ds_meta, rename_map or {})
     weights = find_weights(config)
+    _check_seals(config)
     try:
         policy = make_policy(cfg=config, ds_meta=ds_meta, rename_map=dict(rename_map or {}))
     except RuntimeError as error:  # what torch and safetensors raise for missing, unexpected and misshapen tensors
@@ -78,6 +80,15 @@ def load_policy(
         verify = verify_adapters if config.use_peft else verify_weights
         verify(policy, weights)
     return policy
+
+
+def _check_seals(config: PreTrainedConfig) -> None:
+    """Of a local policy: its own, or that of the checkpoint it lies in."""
+    folder = Path(str(config.pretrained_path or ""))
+    if config.pretrained_path and folder.is_dir():
+        remedy = "take another checkpoint, or a copy"
+        check_seal(folder, remedy)
+        check_seal(folder.resolve().parent, remedy, f"{folder.resolve().name}/")
 
 
 def find_weights(config: PreTrainedConfig) -> Path | None:
