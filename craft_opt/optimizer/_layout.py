@@ -64,6 +64,12 @@ class Slot:
         """What this process holds of the parameter."""
         return local_part(self.param)
 
+    def forget(self) -> None:
+        """Start from zero steps and zero moments."""
+        for tensor in (self.step, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq):
+            if tensor is not None:
+                tensor.zero_()
+
     @property
     def target(self) -> Tensor:
         """The tensor whose memory is updated."""
@@ -178,7 +184,7 @@ class DeviceLayout:
         for slot in self.slots:
             grad = slot.grad
             if grad is not None:
-                check_grad(grad)
+                check_grad(grad, slot.dtype)
                 if grad.requires_grad:
                     grad = grad.detach()
                 # The kernel walks a gradient and its parameter in the same order of memory.
@@ -203,7 +209,7 @@ class DeviceLayout:
                     stale.append(view)
                     slot.task_dirty = False
             elif grad is not view:
-                check_grad(grad)
+                check_grad(grad, slot.dtype)
                 # A DTensor's local tensor may be a view of ours: the same memory under another name.
                 if grad.data_ptr() != view.data_ptr():
                     targets.append(view)
@@ -286,8 +292,13 @@ class DeviceLayout:
                 slot.part.copy_(slot.staged)
 
 
-def check_grad(grad: Tensor) -> None:
-    """Refuse gradients that have no dense flat form."""
+def check_grad(grad: Tensor, dtype: torch.dtype) -> None:
+    """Refuse gradients that have no dense flat form, or another dtype than their parameter."""
+    if grad.dtype != dtype:
+        raise RuntimeError(
+            f"CraftOptimizer needs gradients of their parameter's dtype, got {grad.dtype} for {dtype}; "
+            f"leave the parameter's grad_dtype as it is, or cast: p.grad = p.grad.to(p.dtype)"
+        )
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"CraftOptimizer needs dense gradients, got layout {grad.layout}; "

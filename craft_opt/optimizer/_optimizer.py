@@ -165,6 +165,8 @@ class CraftOptimizer(Optimizer):
         self._layouts: list[DeviceLayout] = []
         self._slots: dict[Tensor, Slot] = {}
         self._signature: list[Any] | None = None
+        # What self.state was when every reached parameter had its entry.
+        self._shown: tuple[int, int, list[list[bool]]] | None = None
         self._hooks: dict[int, RemovableHandle] = {}
         weakref.finalize(self, _remove_hooks, self._hooks)
         self._backends: dict[str, Backend] = {}
@@ -231,6 +233,8 @@ class CraftOptimizer(Optimizer):
     def _hook(self, params: list[Tensor]) -> None:
         opt_ref = weakref.ref(self)
 
+        # Traced, the move of .grad into a flat buffer would be lost on autograd.
+        @torch._disable_dynamo
         def landed(p: Tensor) -> None:
             opt = opt_ref()
             if opt is not None:
@@ -256,6 +260,8 @@ class CraftOptimizer(Optimizer):
         # A gradient with a graph of its own (create_graph=True) stays until the step: the caller may yet use it.
         if view is None or grad is view or grad.requires_grad or grad.layout is not torch.strided:
             return
+        if grad.dtype != view.dtype:
+            return  # refused in the step, with a sentence
         view.copy_(grad)
         p.grad = view
         if self._capturing:
@@ -273,6 +279,7 @@ class CraftOptimizer(Optimizer):
             self._task_backwards.clear()
         self._task_backwards.add(task_id)
 
+    @torch._disable_dynamo
     def _ensure_layout(self) -> list[DeviceLayout]:
         """Return the layouts, built again where parameters were added, (un)frozen, moved or changed their form."""
         # Every step asks. Strides and dtype too: memory that was freed may be another tensor's in the same place.
@@ -329,6 +336,7 @@ class CraftOptimizer(Optimizer):
             DeviceLayout(d, m, amsgrad, in_place=self._backends[d.type].in_place) for d, m in members.items()
         ]
         self._slots = {slot.param: slot for layout in self._layouts for slot in layout.slots}
+        self._shown = None
         self._hook([p for p, _, _ in trainable])
         for p, slot in self._slots.items():
             if self.state.get(p):
@@ -424,6 +432,7 @@ class CraftOptimizer(Optimizer):
             for p, grad in task.items():
                 p.grad = grad
 
+    @torch._disable_dynamo
     def _finish_capture(self, value: Tensor, *, sync: bool) -> None:
         """Land what lies in ``.grad`` in the retention buffer and add its loss."""
         if not any(slot.param.grad is not None for layout in self._layouts for slot in layout.slots):
@@ -454,6 +463,7 @@ class CraftOptimizer(Optimizer):
             self._average.finish()
             self._average = None
 
+    @torch._disable_dynamo
     def capture_retention(self, loss: Tensor | float, *, backward_passes: int | None = 1, sync: bool = True) -> None:
         """Move the gradients that lie in ``.grad`` into the retention buffer: for loops that call backward elsewhere.
 
@@ -485,7 +495,7 @@ class CraftOptimizer(Optimizer):
                 grad = slot.grad
                 if grad is None or not slot.ret_present:
                     continue
-                check_grad(grad)
+                check_grad(grad, slot.dtype)
                 assert slot.ret_view is not None
                 slot.ret_view.add_(grad.detach())
                 slot.grad = slot.ret_view
@@ -521,6 +531,7 @@ class CraftOptimizer(Optimizer):
                 scale = getattr(self, "grad_scale", None)
                 (loss if scale is None else loss * scale.to(loss.device)).backward()
 
+    @torch._disable_dynamo
     def _drop_retention(self, *, keep: bool = False) -> None:
         self._finish_average()
         self._is_local = False
@@ -562,6 +573,8 @@ class CraftOptimizer(Optimizer):
         """
         return self._attempted % self.config.retention_freq == 0
 
+    # A break in the graph of a compiled training step, as torch.optim's own bookkeeping is.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do the whole update: surgery, merge, clip, AdamW, λ.
@@ -602,6 +615,8 @@ class CraftOptimizer(Optimizer):
             if has_ret:
                 layout.ensure_retention()
             layout.stage_in()
+        reached = [slot for lay in layouts for slot, there in zip(lay.slots, lay.reached, strict=True) if there]
+        self._show_state(layouts, reached)
         processes = self._processes
         if processes.count > 1 and not processes.sharded and not self._are_alike:
             grams = [self._backends[lay.device.type].reduce(lay, groups, rule, False) for lay in layouts]
@@ -617,23 +632,30 @@ class CraftOptimizer(Optimizer):
             for lay in layouts:
                 here = total.to(lay.device, non_blocking=True)
                 self._backends[lay.device.type].apply(lay, groups, rule, has_ret, here)
-        updated = []
         for layout in layouts:
             layout.stage_out()
-            reached = [slot for slot, there in zip(layout.slots, layout.reached, strict=True) if there]
-            updated += [slot.part for slot in reached]
-            # A default dict: whoever looked before the first step left an empty entry behind.
-            if len(self.state) < len(self._slots) or not all(self.state.values()):
-                for slot in reached:
-                    if not self.state[slot.param]:
-                        self.state[slot.param] = self._state_views(slot)
         # Memory written through raw pointers: autograd must see that saved tensors are stale.
-        torch.autograd.graph.increment_version(updated)
+        torch.autograd.graph.increment_version([slot.part for slot in reached])
         self._drop_retention(keep=has_ret and self.config.off_steps == "reuse")
         if not _is_capturing(layouts):
             self._attempted += 1
         self._stepped = True
         return loss
+
+    def _show_state(self, layouts: list[DeviceLayout], reached: list[Slot]) -> None:
+        """Let ``self.state`` show every parameter that this step reaches; one that it lacks starts afresh.
+
+        Emptying ``state``, or one parameter's entry, is how training loops reset torch's optimizers.
+        """
+        shown = (id(self.state), len(self.state), [layout.reached for layout in layouts])
+        # A default dict: whoever looked before the first step left an empty entry behind.
+        if shown == self._shown and all(self.state.values()):
+            return
+        for slot in reached:
+            if not self.state.get(slot.param):
+                slot.forget()
+                self.state[slot.param] = self._state_views(slot)
+        self._shown = (id(self.state), len(self.state), shown[2])
 
     def _take_amp_scale(self, has_ret: bool) -> None:
         """Hand GradScaler's scale to the backends; both gradients are divided by it."""
@@ -712,7 +734,13 @@ class CraftOptimizer(Optimizer):
         for name in ADAMW_MOMENTS:
             target, source = getattr(slot, name), state.get(name)
             if target is not None and source is not None:
-                target.copy_(part_like(slot.param, source))
+                part = part_like(slot.param, source)
+                if part.shape != target.shape:
+                    raise RuntimeError(
+                        f"a parameter changed its shape: {name} in optimizer.state has {tuple(part.shape)}, the "
+                        f"parameter {tuple(target.shape)}; give it moments of that shape, or `del optimizer.state[p]`"
+                    )
+                target.copy_(part)
         self.state[slot.param] = self._state_views(slot)
 
     def state_dict(self) -> dict[str, Any]:
