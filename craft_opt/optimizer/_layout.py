@@ -58,16 +58,20 @@ class Slot:
     ret_dirty: bool = False
     # A dense, aligned stand-in where the parameter itself is not (slices, odd storage offsets).
     staged: Tensor | None = None
+    # Asked for in every step, so found out once.
+    sharded: bool = False
 
     @property
     def part(self) -> Tensor:
         """What this process holds of the parameter."""
-        return local_part(self.param)
+        return local_part(self.param) if self.sharded else self.param
 
     @property
     def target(self) -> Tensor:
         """The tensor whose memory is updated."""
-        return self.part if self.staged is None else self.staged
+        if self.staged is not None:
+            return self.staged
+        return local_part(self.param) if self.sharded else self.param
 
     @property
     def grad(self) -> Tensor | None:
@@ -77,7 +81,7 @@ class Slot:
             RuntimeError: It is distributed in another way than the parameter.
         """
         grad: Any = self.param.grad
-        if grad is None or not is_sharded(grad):
+        if grad is None or not self.sharded:
             return grad
         param: Any = self.param
         if grad.placements != param.placements:
@@ -140,6 +144,7 @@ class DeviceLayout:
             max_exp_avg_sq=None if buffers.vmax is None else view(buffers.vmax, moment),
             step=buffers.steps[i],
             staged=staged,
+            sharded=is_sharded(param),
         )
 
     def matches(self, slot: Slot) -> bool:
@@ -176,7 +181,7 @@ class DeviceLayout:
 
     def _refer(self, *, retention: bool) -> None:
         for slot in self.slots:
-            grad = slot.grad
+            grad = slot.grad if slot.sharded else slot.param.grad
             if grad is not None:
                 check_grad(grad)
                 if grad.requires_grad:
@@ -194,7 +199,7 @@ class DeviceLayout:
         sources: list[Tensor] = []
         stale: list[Tensor] = []
         for slot in self.slots:
-            grad = slot.grad
+            grad = slot.grad if slot.sharded else slot.param.grad
             view = slot.ret_view if retention else slot.task_view
             assert view is not None, "ensure_retention() comes before land(retention=True)"
             if grad is None:
@@ -210,7 +215,7 @@ class DeviceLayout:
                     sources.append(grad.detach())
             if grad is not None:
                 # Making a DTensor a step costs more than the room that FSDP's own gradient takes until it is cleared.
-                if not is_sharded(slot.param):
+                if not slot.sharded:
                     slot.param.grad = view
                 if retention:
                     slot.ret_present = slot.ret_dirty = True

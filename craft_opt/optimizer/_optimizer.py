@@ -254,7 +254,6 @@ class CraftOptimizer(Optimizer):
         signature.append(world_size(self.process_group))
         if signature == self._signature:
             return self._layouts
-        self._finish_average()
         trainable = self._trainable()
         self._find_processes(trainable)
         same = len(trainable) == len(self._slots) and all(
@@ -277,6 +276,7 @@ class CraftOptimizer(Optimizer):
 
     def _build(self, trainable: list[tuple[Tensor, int, int]]) -> None:
         """Lay the parameters out afresh, keeping moments, step counts, dual state and pending gradients."""
+        self._finish_average()
         for device in {p.device for p, _, _ in trainable}:
             if device.type not in ("cpu", "cuda"):
                 raise ValueError(f"CraftOptimizer runs on CPU and CUDA devices, got parameters on {device}")
@@ -585,7 +585,7 @@ class CraftOptimizer(Optimizer):
         for layout in layouts:
             layout.stage_out()
             reached = [slot for slot, there in zip(layout.slots, layout.reached, strict=True) if there]
-            updated += [slot.part for slot in reached]
+            updated += [slot.part if slot.sharded else slot.param for slot in reached]
             # A default dict: whoever looked before the first step left an empty entry behind.
             if len(self.state) < len(self._slots) or not all(self.state.values()):
                 for slot in reached:
