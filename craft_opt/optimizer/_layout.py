@@ -58,11 +58,13 @@ class Slot:
     ret_dirty: bool = False
     # A dense, aligned stand-in where the parameter itself is not (slices, odd storage offsets).
     staged: Tensor | None = None
+    # Asked for in every step, so found out once.
+    sharded: bool = False
 
     @property
     def part(self) -> Tensor:
         """What this process holds of the parameter."""
-        return local_part(self.param)
+        return local_part(self.param) if self.sharded else self.param
 
     def forget(self) -> None:
         """Start from zero steps and zero moments."""
@@ -73,7 +75,9 @@ class Slot:
     @property
     def target(self) -> Tensor:
         """The tensor whose memory is updated."""
-        return self.part if self.staged is None else self.staged
+        if self.staged is not None:
+            return self.staged
+        return local_part(self.param) if self.sharded else self.param
 
     @property
     def grad(self) -> Tensor | None:
@@ -83,7 +87,7 @@ class Slot:
             RuntimeError: It is distributed in another way than the parameter.
         """
         grad: Any = self.param.grad
-        if grad is None or not is_sharded(grad):
+        if grad is None or not self.sharded:
             return grad
         param: Any = self.param
         if grad.placements != param.placements:
@@ -146,6 +150,7 @@ class DeviceLayout:
             max_exp_avg_sq=None if buffers.vmax is None else view(buffers.vmax, moment),
             step=buffers.steps[i],
             staged=staged,
+            sharded=is_sharded(param),
         )
 
     def matches(self, slot: Slot) -> bool:
@@ -182,7 +187,7 @@ class DeviceLayout:
 
     def _refer(self, *, retention: bool) -> None:
         for slot in self.slots:
-            grad = slot.grad
+            grad = slot.grad if slot.sharded else slot.param.grad
             if grad is not None:
                 check_grad(grad, slot.dtype)
                 if grad.requires_grad:
@@ -200,7 +205,7 @@ class DeviceLayout:
         sources: list[Tensor] = []
         stale: list[Tensor] = []
         for slot in self.slots:
-            grad = slot.grad
+            grad = slot.grad if slot.sharded else slot.param.grad
             view = slot.ret_view if retention else slot.task_view
             assert view is not None, "ensure_retention() comes before land(retention=True)"
             if grad is None:
@@ -216,7 +221,7 @@ class DeviceLayout:
                     sources.append(grad.detach())
             if grad is not None:
                 # Making a DTensor a step costs more than the room that FSDP's own gradient takes until it is cleared.
-                if not is_sharded(slot.param):
+                if not slot.sharded:
                     slot.param.grad = view
                 if retention:
                     slot.ret_present = slot.ret_dirty = True

@@ -291,7 +291,6 @@ class CraftOptimizer(Optimizer):
         signature.append(world_size(self.process_group))
         if signature == self._signature:
             return self._layouts
-        self._finish_average()
         trainable = self._trainable()
         self._find_processes(trainable)
         same = len(trainable) == len(self._slots) and all(
@@ -319,6 +318,7 @@ class CraftOptimizer(Optimizer):
 
     def _build(self, trainable: list[tuple[Tensor, int, int]]) -> None:
         """Lay the parameters out afresh, keeping moments, step counts, dual state and pending gradients."""
+        self._finish_average()
         for device in {p.device for p, _, _ in trainable}:
             if device.type not in ("cpu", "cuda"):
                 raise ValueError(f"CraftOptimizer runs on CPU and CUDA devices, got parameters on {device}")
@@ -635,7 +635,7 @@ class CraftOptimizer(Optimizer):
         for layout in layouts:
             layout.stage_out()
         # Memory written through raw pointers: autograd must see that saved tensors are stale.
-        torch.autograd.graph.increment_version([slot.part for slot in reached])
+        torch.autograd.graph.increment_version([slot.part if slot.sharded else slot.param for slot in reached])
         self._drop_retention(keep=has_ret and self.config.off_steps == "reuse")
         if not _is_capturing(layouts):
             self._attempted += 1

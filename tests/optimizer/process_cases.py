@@ -1,7 +1,6 @@
 """What the processes of tests/optimizer/test_processes.py run: every case gives back what its process saw."""
 
 import contextlib
-import os
 import tempfile
 import traceback
 from datetime import timedelta
@@ -281,11 +280,12 @@ def go_on(model, opt, rank, world):
     return {"after": whole(model), "last": record(opt), "attempted": opt.attempted_steps}
 
 
-def run(rank, world, cases, port, folder):
+def run(rank, world, cases, folder):
     """One process: run the cases in turn and write what each gave."""
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    # A file, not a port: a free port may be taken by the time that it is used.
+    store = dist.FileStore(str(Path(folder) / f"store-of-{world}"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     found = {}
     for name, (case, kwargs) in cases.items():
         try:
@@ -300,20 +300,9 @@ def run(rank, world, cases, port, folder):
 def run_world(world, cases, folder=None):
     """Run cases in ``world`` new processes; return what each process found."""
     folder = Path(folder or tempfile.mkdtemp())
-    with socket_of_own() as port:
-        pass
-    torch.multiprocessing.spawn(run, (world, cases, port, str(folder)), nprocs=world)
+    torch.multiprocessing.spawn(run, (world, cases, str(folder)), nprocs=world)
     found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
     for rank, content in enumerate(found):
         for name, value in content.items():
             assert not isinstance(value, str), f"case {name}, process {rank}:\n{value}"
     return found
-
-
-@contextlib.contextmanager
-def socket_of_own():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        yield s.getsockname()[1]
