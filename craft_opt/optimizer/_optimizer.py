@@ -40,6 +40,23 @@ SETTINGS = ("config", "max_grad_norm", "backend", "total_steps")
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
+class ParameterState(dict[str, Any]):
+    """A parameter's entry in ``optimizer.state``; what is assigned to a moment goes into the flat buffer it lies in."""
+
+    @torch.no_grad()
+    def __setitem__(self, name: str, value: Any) -> None:
+        held = self.get(name)
+        if isinstance(held, Tensor) and held.shape == torch.as_tensor(value).shape:
+            held.copy_(torch.as_tensor(value))
+        else:
+            super().__setitem__(name, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Assign every item, as ``dict.update`` does."""
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+
 class CraftOptimizer(Optimizer):
     """AdamW on a task gradient merged with a retention gradient by gradient surgery, λ included.
 
@@ -649,12 +666,15 @@ class CraftOptimizer(Optimizer):
         """
         shown = (id(self.state), len(self.state), [layout.reached for layout in layouts])
         # A default dict: whoever looked before the first step left an empty entry behind.
-        if shown == self._shown and all(self.state.values()):
+        if shown == self._shown and all(self.state.values()) and {*map(type, self.state.values())} == {ParameterState}:
             return
         for slot in reached:
-            if not self.state.get(slot.param):
+            state = self.state.get(slot.param)
+            if not state:
                 slot.forget()
                 self.state[slot.param] = self._state_views(slot)
+            elif type(state) is not ParameterState:
+                self._fill(slot, state)
         self._shown = (id(self.state), len(self.state), shown[2])
 
     def _take_amp_scale(self, has_ret: bool) -> None:
@@ -723,9 +743,10 @@ class CraftOptimizer(Optimizer):
     @staticmethod
     def _state_views(slot: Slot) -> dict[str, Tensor]:
         moments = {name: getattr(slot, name) for name in ADAMW_MOMENTS}
-        return {"step": slot.step} | {
-            name: like(slot.param, moment) for name, moment in moments.items() if moment is not None
-        }
+        return ParameterState(
+            {"step": slot.step}
+            | {name: like(slot.param, moment) for name, moment in moments.items() if moment is not None}
+        )
 
     @torch.no_grad()
     def _fill(self, slot: Slot, state: dict[str, Any]) -> None:

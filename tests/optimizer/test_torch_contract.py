@@ -173,7 +173,7 @@ def test_tensor_lr(num_dim):
             assert_norm_close(q.detach(), p.detach(), ADAMW_NORM, str(kwargs))
 
 
-def test_rosenbrock_sparse_is_refused():
+def test_rosenbrock_sparse():
     p = Parameter(torch.tensor([1.5, 1.5]))
     opt = CraftOptimizer([p])
     p.grad = torch.tensor([4.0, 0.0]).to_sparse()

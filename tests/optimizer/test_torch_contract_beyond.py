@@ -201,6 +201,19 @@ def test_gradients_of_another_dtype_are_refused():
     assert (p == 1).all()
 
 
+def test_gradients_left_after_the_step(cpu_backend):
+    """Equal to what they were; where gradients land in flat buffers, a reference to one sees the next."""
+    model = make_model()
+    opt = CraftOptimizer(model.parameters(), lr=1e-2, max_grad_norm=1e-3)
+    task_loss(model, batches(1)[0]).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    opt.step()
+    kept = [p.grad for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+    plain_step(model, opt, batches(2)[1])
+    assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True)) == (cpu_backend == "numba")
+
+
 def test_shared_and_overlapping_parameters():
     p = Parameter(torch.ones(3))
     pairs, ours, theirs = pair([p, Parameter(torch.randn(2))])
@@ -382,6 +395,30 @@ def test_moments_changed_in_place_count():
         for (p, q), factor in zip(pairs, (0.5,), strict=True):
             for state in (ours.state[p], theirs.state[q]):
                 state["exp_avg"].mul_(factor)
+
+
+@pytest.mark.parametrize("how", ["item", "update", "entry"])
+def test_moments_assigned_count(how):
+    """``state[p]["exp_avg"] = …``, with a number as step, or a whole new entry."""
+    pairs, ours, theirs = pair([Parameter(torch.randn(5)), Parameter(torch.randn(2))], lr=1e-2, amsgrad=True)
+    for _ in range(2):
+        for _ in range(2):
+            lockstep(pairs, ours, theirs, random_grads(pairs))
+        fresh = {name: torch.rand(5) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+        for opt, p in zip((ours, theirs), pairs[0], strict=True):
+            new = {name: value.clone() for name, value in fresh.items()} | {"step": torch.tensor(1.0)}
+            if how == "item":
+                for name, value in new.items():
+                    opt.state[p][name] = value
+            elif how == "update":
+                opt.state[p].update(new)
+            else:
+                opt.state[p] = new
+        assert torch.equal(ours.state_dict()["state"][0]["exp_avg"], fresh["exp_avg"])
+    lockstep(pairs, ours, theirs, random_grads(pairs))
+    assert ours.state[pairs[0][0]]["step"].item() == 2
+    # The state dict holds plain dicts, which torch.load(weights_only=True) and safetensors take.
+    assert all(type(entry) is dict for entry in ours.state_dict()["state"].values())
 
 
 def test_a_parameter_replaced_with_its_state():
