@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset
 from lerobot.datasets.factory import resolve_delta_timestamps
-from safetensors import SafetensorError
 
 from craft_opt.bridge.anchor_cache import AnchorCache
 from craft_opt.bridge.anchor_frames import AnchorSource, FrameReader
@@ -50,7 +49,7 @@ from craft_opt.bridge.policies import (
     read_policy_config,
     without_renaming,
 )
-from craft_opt.bridge.run_guard import LOCK_FILE, locked
+from craft_opt.bridge.run_guard import LOCK_FILE, locked, written_to
 
 __all__ = ["AnchorBuild", "AnchorSource", "build_cache", "prepare_build"]
 
@@ -98,14 +97,9 @@ class AnchorBuild:
             OSError: It could not be written.
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.output.with_name(f"{self.output.name}{LOCK_FILE}"), f"the anchor cache {self.output}"):
-            try:
-                return self._run(progress)
-            except SafetensorError as error:
-                raise OSError(
-                    f"{partial_folder(self.output)} could not be written to ({error}); make room and give the same "
-                    f"command again, which goes on where it was"
-                ) from error
+        lock = self.output.with_name(f"{self.output.name}{LOCK_FILE}")
+        with locked(lock, f"the anchor cache {self.output}"), written_to(partial_folder(self.output)):
+            return self._run(progress)
 
     def _run(self, progress: bool) -> AnchorManifest:
         if self.output.exists():
@@ -181,6 +175,7 @@ def prepare_build(
     stats_source: AnchorSource | None = None,
     rename_map: Mapping[str, str] | None = None,
     policy_overrides: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> AnchorBuild:
     """Load the teacher, choose the frames, and check that everything fits.
 
@@ -207,6 +202,7 @@ def prepare_build(
         stats_source: Dataset whose statistics the fine-tuning run will take.
         rename_map: Keys of the sources → keys of the policy.
         policy_overrides: Flags of the policy without their prefix, such as ``--device=cpu``.
+        trust_remote_code: Whether the teacher's tokenizers may run code that lies beside them.
 
     Raises:
         ValueError: A setting, a dataset or the teacher does not fit.
@@ -234,9 +230,10 @@ def prepare_build(
     renames = dict(rename_map or {})
     for dataset in datasets:
         check_cameras(config, dataset.meta, renames)
-    policy = load_policy(config, datasets[0].meta, renames)
+    policy = load_policy(config, datasets[0].meta, renames, trust_remote_code=trust_remote_code)
     policy.eval()
-    preprocessor, _ = make_processors(config, stats=stats_source.metadata().stats if stats_source else None)
+    stats = stats_source.metadata().stats if stats_source else None
+    preprocessor, _ = make_processors(config, stats=stats, trust_remote_code=trust_remote_code)
     for dataset in datasets:
         check_widths(preprocessor, dataset.meta, renames)
     compute_dtype = language_model_of(policy).layers[0].self_attn.q_proj.weight.dtype

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from craft_opt.bridge.anchor_manifest import KINDS, STORAGES
-from craft_opt.bridge.run_guard import describe, exit_code, sigterm_as_interrupt
+from craft_opt.bridge.run_guard import describe, exit_code, remedy, sigterm_as_interrupt
 
 EXIT_REFUSED = 1
 EXIT_USER_ERROR = 2
+_TRUST_HELP = "true lets the policy's tokenizers run code that lies beside them, with your rights"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return {"build": _build, "inspect": _inspect, "verify": _verify}[args.command](args)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            told = f"; {remedy(error)}{again}" if remedy(error) else ""
+            print(f"error: {error}{told}", file=sys.stderr)
             return EXIT_USER_ERROR
         except KeyboardInterrupt as interrupt:
             print(f"{describe(interrupt)}{again}", file=sys.stderr)
@@ -83,6 +85,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     verify("--policy.dtype", dest="policy_dtype", help="dtype that it computes in; as at the build")
     verify("--stats.repo_id", dest="stats_repo_id", help="for a cache with the new skill's statistics: its dataset")
     verify("--stats.root", dest="stats_root", help="its folder")
+    for command in (parsers["build"], parsers["verify"]):
+        command.add_argument("--trust_remote_code", type=_truth, default=False, metavar="true", help=_TRUST_HELP)
     return parser, parsers
 
 
@@ -155,6 +159,7 @@ def _build(args: argparse.Namespace) -> int:
         stats_source=AnchorSource(args.stats_repo_id, args.stats_root) if args.stats_repo_id else None,
         rename_map=args.rename_map,
         policy_overrides=_overrides(args),
+        trust_remote_code=args.trust_remote_code,
     )
     say(f"Anchor cache: {args.output} ({manifest.samples} anchors of {len(manifest.tasks)} tasks, {manifest.content})")
     return 0
@@ -175,7 +180,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     stats = AnchorSource(args.stats_repo_id, args.stats_root) if args.stats_repo_id else None
     try:
-        print(verify_cache(args.folder, args.policy, _overrides(args), stats))
+        print(verify_cache(args.folder, args.policy, _overrides(args), stats, trust_remote_code=args.trust_remote_code))
     except (ValueError, OSError) as error:
         print(f"not verified: {error}", file=sys.stderr)
         return EXIT_REFUSED
@@ -195,6 +200,12 @@ def _set_up() -> None:
 def _overrides(args: argparse.Namespace) -> list[str]:
     given = {"device": args.device, "dtype": args.policy_dtype}
     return [f"--{name}={value}" for name, value in given.items() if value]
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text == "true"
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from craft_opt.bridge import shorten_codec_warning
-from craft_opt.bridge.run_guard import describe, exit_code, sigterm_as_interrupt
+from craft_opt.bridge.run_guard import describe, exit_code, how_to_go_on, remedy, sigterm_as_interrupt
 from craft_opt.config import CraftConfig
 
 if TYPE_CHECKING:
@@ -349,9 +349,9 @@ def _train(command: Command) -> int:
     from craft_opt.bridge.logs import set_up_logging
     from craft_opt.bridge.loop import prepare, run_steps
 
-    lerobot_flags.check_names(command.flags)
     set_up_logging()
     try:
+        lerobot_flags.check_names(command.flags)
         run = prepare(parse_config(arguments_of(command)))
     except SystemExit as stopped:  # LeRobot's parser, which has said why
         return EXIT_USER_ERROR if stopped.code else 0
@@ -363,21 +363,11 @@ def _train(command: Command) -> int:
     try:
         return show_summary(run_steps(run))
     except OSError as error:
-        return report_error(OSError(f"{error}; {how_to_go_on(run.cfg.output_dir)}"))
+        told = (str(error), remedy(error), how_to_go_on(run.cfg.output_dir))
+        return report_error(OSError("; ".join(filter(None, told))))
     except KeyboardInterrupt:
         print(how_to_go_on(run.cfg.output_dir), file=sys.stderr)
         raise
-
-
-def how_to_go_on(output_dir: Path) -> str:
-    """The command that goes on with a run that ended before its last step."""
-    from craft_opt.bridge.checkpoint import latest_checkpoint
-
-    last = latest_checkpoint(output_dir)
-    if last is None:
-        return f"no checkpoint was written yet: delete {output_dir} and start again"
-    config = last / "pretrained_model" / "train_config.json"
-    return f"go on after step {int(last.name)} with: python train.py --resume=true --config_path={config}"
 
 
 def show_summary(summary: TrainSummary) -> int:
@@ -404,6 +394,7 @@ def arguments_of(command: Command) -> list[str]:
 
 
 def report_error(error: Exception) -> int:
-    """Say what is wrong and return the exit code for it."""
-    print(f"error: {error}", file=sys.stderr)
+    """Say what is wrong, and what to do where the disk is at fault, and return the exit code for it."""
+    told = f"; {remedy(error)}, and give the same command again" if remedy(error) else ""
+    print(f"error: {error}{told}", file=sys.stderr)
     return EXIT_USER_ERROR

@@ -32,7 +32,6 @@ from lerobot.utils.collate import lerobot_collate_fn
 from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 from lerobot.utils.io_utils import load_json
 from lerobot.utils.random_utils import get_rng_state, set_rng_state, set_seed
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
@@ -58,7 +57,7 @@ from craft_opt.bridge.retention_term import (
     digests_of,
     open_caches,
 )
-from craft_opt.bridge.run_guard import LOCK_FILE, locked
+from craft_opt.bridge.run_guard import LOCK_FILE, locked, written_to
 from craft_opt.bridge.seals import check_seal, dataset_digest
 from craft_opt.bridge.step import StepResult, Trained, train_step
 
@@ -169,9 +168,13 @@ def prepare(cfg: CraftTrainConfig) -> Run:
     if cfg.resume:
         assert cfg.checkpoint_path is not None
         checkpoint.check_whole(cfg.checkpoint_path, cfg.output_dir, data)
-    policy: PreTrainedPolicy = load_policy(cfg.policy, dataset.meta, cfg.rename_map)
+    policy: PreTrainedPolicy = load_policy(
+        cfg.policy, dataset.meta, cfg.rename_map, trust_remote_code=cfg.trust_remote_code
+    )
     stats, whose = _statistics(cfg, dataset)
-    preprocessor, postprocessor = make_processors(cfg.policy, stats=stats, rename_map=cfg.rename_map)
+    preprocessor, postprocessor = make_processors(
+        cfg.policy, stats=stats, rename_map=cfg.rename_map, trust_remote_code=cfg.trust_remote_code
+    )
     check_widths(preprocessor, dataset.meta, cfg.rename_map)
     expected = ExpectedFeatures(cfg.anchor_layers, cfg.anchor_pooling)
     for cache in caches:
@@ -287,9 +290,8 @@ def claimed(cfg: CraftTrainConfig) -> Iterator[None]:
         raise FileExistsError(f"another run has made {folder} meanwhile; choose another --output_dir") from error
     with locked(folder / LOCK_FILE, f"the output folder {folder}"):
         try:
-            yield
-        except SafetensorError as error:
-            raise OSError(f"{folder} could not be written to ({error})") from error
+            with written_to(folder):
+                yield
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -410,6 +412,7 @@ def _check_resumable(cfg: CraftTrainConfig) -> None:
     assert cfg.checkpoint_path is not None
     state = cfg.checkpoint_path / TRAINING_STATE_DIR
     checkpoint.CraftState.read(state / checkpoint.CRAFT_STATE_FILE)
+    checkpoint.check_training_state(cfg.checkpoint_path)
     done = load_json(state / TRAINING_STEP)["step"]
     if done >= cfg.steps:
         raise ValueError(

@@ -5,14 +5,18 @@ Imports nothing heavy: commands use it before LeRobot is loaded.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+from safetensors import SafetensorError
 
 try:
     import fcntl
@@ -115,6 +119,57 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 def describe(interrupt: KeyboardInterrupt) -> str:
     """One word or two for the last line of the log."""
     return "terminated (SIGTERM)" if isinstance(interrupt, TerminatedError) else "interrupted"
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Name the folder in errors of the disk that name no file: those of a write, and of safetensors.
+
+    Raises:
+        OSError: Of the same number, with the folder's name.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, f"{os.strerror(number)} ({error})", str(folder)) from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
+
+
+def remedy(error: Exception) -> str:
+    """What to do about an error of the disk, empty for others."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "make room on that disk"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make that place writable, or choose another folder"
+    if number == errno.EIO:
+        return "check that disk"
+    return ""
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None without one."""
+    folder = output_dir / "checkpoints"
+    if not folder.is_dir():
+        return None
+    whole = [path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()]
+    return max(whole, key=lambda path: int(path.name), default=None)
+
+
+def how_to_go_on(output_dir: Path) -> str:
+    """What to do about a run that ended before its last step."""
+    last = newest_checkpoint(output_dir)
+    if last is not None:
+        config = last / "pretrained_model" / "train_config.json"
+        return f"go on after step {int(last.name)} with: python train.py --resume=true --config_path={config}"
+    if (output_dir / "metrics.jsonl").is_file() or (output_dir / LOCK_FILE).is_file():
+        return f"no checkpoint was written yet: delete {output_dir} and give the same command again"
+    return "no checkpoint lies there"
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from craft_opt.bridge.anchor_manifest import sha256_of_file, sync_folder, write_atomically
+from craft_opt.bridge.untrusted import read_json
 
 SEAL_FILE = "checksums.json"
 _FORMAT = "craft-checksums-1"
@@ -39,13 +40,14 @@ def seal(folder: Path, **notes: Any) -> None:
         sync_folder(path)
 
 
-def check_seal(folder: Path, remedy: str, part: str = "") -> dict[str, Any]:
+def check_seal(folder: Path, remedy: str, part: str = "", suffix: str = "") -> dict[str, Any]:
     """Compare a folder with its seal.
 
     Args:
         folder: The folder.
         remedy: What to do about a damaged one.
         part: Name of a folder below it, where only that is used.
+        suffix: Of the files that matter, where others are checked later.
 
     Returns:
         The notes of the seal; empty without one.
@@ -58,10 +60,12 @@ def check_seal(folder: Path, remedy: str, part: str = "") -> dict[str, Any]:
         return {}
     own = f"{remedy}; if you changed it on purpose, delete {file}"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, own)
         stated = content.pop("seal")
-        names = [name for name in content["files"] if name.startswith(part)]
+        names = [name for name in content["files"] if name.startswith(part) and name.endswith(suffix)]
         intact = content["format"] == _FORMAT and stated == _digest(content)
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise ValueError("it names a file outside of the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); {own}") from error
     if not intact:
@@ -91,8 +95,9 @@ def check_prefix(note: Mapping[str, Any], file: Path) -> None:
     """
     if not note or not file.is_file():
         return
+    # As much as the file has at most: the note may come from anywhere, and so much memory is asked for.
     with file.open("rb") as stream:
-        begins = stream.read(note["bytes"])
+        begins = stream.read(min(int(note["bytes"]), file.stat().st_size))
     if hashlib.sha256(begins).hexdigest() != note["sha256"]:
         raise ValueError(
             f"{file} is damaged, or of another run: its first {note['bytes']} bytes are not those that the checkpoint "

@@ -110,7 +110,9 @@ def check_header(file: Path, remedy: str) -> None:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"{file} is no safetensors file (a header of {length} bytes in {size}); {remedy}")
+        raise ValueError(
+            f"{file} is damaged and is no safetensors file (a header of {length} bytes in {size}); {remedy}"
+        )
 
 
 def shown(value: Any) -> str:
