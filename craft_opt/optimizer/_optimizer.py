@@ -305,6 +305,7 @@ class CraftOptimizer(Optimizer):
         signature: list[Any] = [
             (q.data_ptr(), q.stride(), q.dtype) if p.requires_grad else None for p, q in zip(params, parts, strict=True)
         ]
+        signature += [(len(group["params"]), group["amsgrad"]) for group in self.param_groups]
         signature.append(world_size(self.process_group))
         if signature == self._signature:
             return self._layouts
@@ -313,6 +314,8 @@ class CraftOptimizer(Optimizer):
         same = len(trainable) == len(self._slots) and all(
             p in self._slots and self._slots[p].group == i for p, i, _ in trainable
         )
+        amsgrad = any(group["amsgrad"] for group in self.param_groups)
+        same = same and all(layout.amsgrad or not amsgrad for layout in self._layouts)
         if not (same and all(layout.matches(slot) for layout in self._layouts for slot in layout.slots)):
             self._build(trainable)
         self._signature = signature

@@ -464,6 +464,40 @@ def test_a_group_added_late(dtype):
             scheduler.step()
 
 
+def test_groups_changed_in_a_run():
+    """Settings of a group, and the group of a parameter, count from the next step on."""
+    pairs, ours, theirs = pair([Parameter(torch.randn(n)) for n in (5, 4, 3)], lr=1e-2)
+    for opt in (ours, theirs):
+        opt.add_param_group({"params": [opt.param_groups[0]["params"].pop()], "lr": 0.1})
+    for change in (
+        lambda groups: None,
+        lambda groups: groups[1].update(lr=0.05, weight_decay=0.5, betas=(0.5, 0.6), eps=1e-3),
+        lambda groups: groups[0].update(maximize=True),
+        lambda groups: groups[1]["params"].insert(0, groups[0]["params"].pop()),
+        lambda groups: groups.reverse(),
+        lambda groups: groups.pop(),
+    ):
+        for opt in (ours, theirs):
+            change(opt.param_groups)
+        for _ in range(2):
+            lockstep(pairs, ours, theirs, random_grads(pairs))
+
+
+def test_amsgrad_switched_on_in_a_run():
+    """The maximum begins with the step that finds it on; AdamW has no place for it and fails."""
+    p = Parameter(torch.ones(70))
+    opt = CraftOptimizer([p], lr=1e-2, max_grad_norm=None)
+    for i in range(4):
+        opt.param_groups[0]["amsgrad"] = i >= 2
+        p.grad = torch.full((70,), 1.0 / (i + 1))
+        before = 0.0 if i < 3 else opt.state[p]["max_exp_avg_sq"].clone()
+        opt.step()
+        if i >= 2:
+            state = opt.state[p]
+            assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"].clamp(min=before))
+    assert opt.state_dict()["state"][0]["max_exp_avg_sq"].min() > 0
+
+
 def test_zero_grad_that_keeps_zeros():
     """A zero gradient is one: moments decay and weights too, for a parameter that the loss no longer reaches."""
     pairs = models()
