@@ -674,7 +674,8 @@ class CraftOptimizer(Optimizer):
         for slot in reached:
             state = self.state.get(slot.param)
             if not state:
-                slot.forget()
+                if not _is_capturing(layouts):  # a graph would forget at every replay
+                    slot.forget()
                 self.state[slot.param] = self._state_views(slot)
             elif type(state) is not ParameterState:
                 self._fill(slot, state)
