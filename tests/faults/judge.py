@@ -20,6 +20,7 @@ EXIT_REFUSED = 2
 
 RESUME = re.compile(r"python train\.py --resume=true --config_path=(\S+?)[;,.]?(?=\s|$)")
 DELETE = re.compile(r"delete (/\S+?)[;,:]?(?=\s|$)")
+BUILD = re.compile(r"craft-anchors build .*--output=(\S+?)[;,]?(?=\s|$)")
 ANOTHER = re.compile(r"another (?:checkpoint|whole checkpoint)")
 COPY = re.compile(r"restore|from a copy|or a copy|put the dataset back|take a complete checkpoint")
 AWAY = re.compile(r"move it away")
@@ -55,6 +56,7 @@ class Job:
         expected: The same of an uninterrupted run.
         pristine: Copies of what a fault may damage: folder → its copy.
         root: Folder of the case; nothing outside it is touched.
+        rebuild: The program that builds the job's anchor cache: what errors give with placeholders.
     """
 
     target: str
@@ -64,6 +66,7 @@ class Job:
     expected: dict[str, str]
     root: Path
     pristine: dict[Path, Path]
+    rebuild: tuple[str, tuple[str, ...]] | None = None
 
 
 def is_clear(ended: Ended, root: Path) -> bool:
@@ -110,6 +113,14 @@ def follow(lab: Lab, job: Job, ended: Ended | None) -> tuple[str, str]:
         elif AWAY.search(message):
             ignored.add("metrics.jsonl")
             (job.made / "metrics.jsonl").unlink()
+        elif "nothing is left to do" in message:
+            wrong = differences(job)
+            return (SILENT, f"said to be done, and other: {wrong[:4]}") if wrong else (CONTINUED, "")
+        elif BUILD.search(message) and job.rebuild is not None:
+            shutil.rmtree(BUILD.search(message)[1], ignore_errors=True)
+            built = lab.run(*job.rebuild)
+            if built.code != 0:
+                return UNCLEAR, f"the named build: exit code {built.code}: {built.message[-300:]}"
         elif ANOTHER.search(message) and (other := _other_checkpoint(job, message)):
             target, arguments = TRAIN, ["--resume=true", f"--config_path={other}"]
         elif COPY.search(message) and (place := _restored(job, message)):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,7 @@ from craft_opt.bridge.quickstart import teacher
 from craft_opt.bridge.quickstart.measure import SkillScore, load_scores, save_scores
 from craft_opt.bridge.quickstart.run import DRY_RUN, Quickstart
 from craft_opt.bridge.quickstart.settings import QuickstartSettings
-from craft_opt.bridge.run_guard import sigterm_as_interrupt
+from craft_opt.bridge.run_guard import sigterm_as_interrupt, written_to
 from craft_opt.bridge.seals import seal
 from tests.quickstart.support import make_tiny_dataset, make_tiny_policy, save_tiny_policy
 
@@ -73,7 +76,8 @@ def as_command(work: Callable[[], object]) -> int:
     """What cli.main does around the quickstart."""
     with sigterm_as_interrupt():
         try:
-            work()
+            with written_to(Path("the quickstart")):
+                work()
         except (ValueError, OSError) as error:
             return cli.report_error(error)
     return 0
@@ -82,6 +86,13 @@ def as_command(work: Callable[[], object]) -> int:
 def demonstrations(arguments: Sequence[str]) -> int:
     made = small_quickstart(Path(arguments[0]))
     return as_command(made._old_demonstrations)
+
+
+def demonstrations_locked(arguments: Sequence[str]) -> int:
+    """The same as the whole quickstart holds its folder."""
+    made = small_quickstart(Path(arguments[0]))
+    made._run = made._old_demonstrations
+    return as_command(made.run)
 
 
 def teach(arguments: Sequence[str]) -> int:
@@ -95,10 +106,10 @@ def report(arguments: Sequence[str]) -> int:
     """Scores kept, then the last stage: picture, table, result."""
     made = small_quickstart(Path(arguments[0]))
     scores = [SkillScore(skill.name, 1, 1, 0.5) for skill in made.settings.skills]
-    made.kept.folder.mkdir(parents=True, exist_ok=True)
     file = made.kept.folder / "before-scores"
 
     def work() -> None:
+        made.kept.folder.mkdir(parents=True, exist_ok=True)
         folder = made._run_folder()
         metrics = folder / "training" / "metrics.jsonl"
         if not metrics.is_file():
@@ -185,11 +196,10 @@ def _poison(parts, where: str, value: float) -> Callable[[], None]:
 
 
 def soak(arguments: Sequence[str]) -> int:
-    """A part of a long run: ``<file> <seed> <last step> <JSON: poisoned steps> <flags>``; notes memory and handles."""
-    import os
-    import random
-    import threading
+    """A part of a long run: ``<file> <seed> <last step> <JSON: poisoned steps> <flags>``; notes memory and handles.
 
+    After the last step Ctrl-C comes, or kill -9 where its number is negative.
+    """
     file, seed, last, plan, *flags = arguments
     generator, poison = random.Random(int(seed)), set(json.loads(plan))
     step_of, saves = loop.train_step, loop.should_save_checkpoint
@@ -197,8 +207,8 @@ def soak(arguments: Sequence[str]) -> int:
     page = os.sysconf("SC_PAGE_SIZE")
 
     def step(parts, batches, precision, *, step, data_s):
-        if step > int(last):
-            raise KeyboardInterrupt
+        if step > abs(int(last)):
+            os.kill(os.getpid(), signal.SIGINT if int(last) > 0 else signal.SIGKILL)
         undo = _poison(parts, "loss", float("nan")) if step in poison else None
         result = step_of(parts, batches, precision, step=step, data_s=data_s)
         if undo is not None:
@@ -208,7 +218,7 @@ def soak(arguments: Sequence[str]) -> int:
             handles = len(os.listdir("/proc/self/fd"))
             threads = len(os.listdir("/proc/self/task"))
             row = {"step": step, "resident": resident, "handles": handles, "threads": threads}
-            print(json.dumps(row | {"python_threads": threading.active_count()}), file=notes, flush=True)
+            print(json.dumps(row), file=notes, flush=True)
         return result
 
     loop.train_step = step

@@ -8,6 +8,8 @@ import os
 import shutil
 from pathlib import Path
 
+from pyarrow import parquet
+
 from tests.faults.judge import Job
 from tests.faults.lab import ANCHORS, TRAIN, Lab
 
@@ -17,6 +19,14 @@ BEFORE = f"{SAVE_EVERY:06d}"
 
 
 def checksum(file: Path) -> str:
+    """Of a file's content; the order of metadata in a header, which safetensors and Arrow shuffle, does not count."""
+    if file.suffix == ".safetensors":
+        content = file.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True)
+        return hashlib.sha256(header.encode() + content[8 + size :]).hexdigest()
+    if file.suffix == ".parquet":
+        return hashlib.sha256(repr(parquet.read_table(file).to_pylist()).encode()).hexdigest()
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -42,7 +52,10 @@ def run_result(out: Path, step: str = RESULT) -> dict[str, str]:
 
 def folder_result(folder: Path) -> dict[str, str]:
     """Every file of a folder."""
-    return {str(path.relative_to(folder)): checksum(path) for path in folder.rglob("*") if path.is_file()}
+    # The configuration names the folder that it was made in, and the checksums hold that of the configuration.
+    varying = {"train_config.json", "checksums.json", "result.json"}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in varying]
+    return {str(path.relative_to(folder)): checksum(path) for path in files}
 
 
 class World:
@@ -126,7 +139,8 @@ class World:
         if copied:
             self.expect_training()
             expected = self._expected[name]
-            return Job(target, flags, out, lambda: run_result(out), expected, root, pristine)
+            rebuild = (ANCHORS, self.build_flags(base / "cache-0", base, 8, 20))
+            return Job(target, flags, out, lambda: run_result(out), expected, root, pristine, rebuild)
         return self._reference(name, Job(target, flags, out, lambda: run_result(out), {}, root, pristine))
 
     def expect_training(self) -> None:
@@ -145,6 +159,8 @@ class World:
             shutil.rmtree(stopped / "checkpoints" / RESULT)
             (stopped / "checkpoints" / "last").unlink()
             (stopped / "checkpoints" / "last").symlink_to(BEFORE)
+            lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (stopped / "metrics.jsonl").write_text("".join(lines[:SAVE_EVERY]))
         shutil.copytree(stopped, out, symlinks=True)
         config = out / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
         flags = ("--resume=true", f"--config_path={config}", f"--output_dir={out}")
@@ -153,19 +169,23 @@ class World:
     def caching(self) -> Job:
         """A cache of five shards."""
         root = self.folder()
-        flags = (
-            "build",
-            f"--policy.path={self.base / 'teacher'}",
-            "--policy.device=cpu",
-            "--dataset.repo_id=local/tiny",
-            f"--dataset.root={self.base / 'old-0'}",
-            f"--output={root / 'cache'}",
-            "--num-samples=20",
-            "--shard-size=4",
-            "--batch-size=4",
-        )
+        flags = self.build_flags(root / "cache", self.base, 4, 20)
         made = root / "cache"
         return self._reference("cache", Job(ANCHORS, flags, made, lambda: folder_result(made), {}, root, {}))
+
+    @staticmethod
+    def build_flags(cache: Path, base: Path, shard_size: int, samples: int) -> tuple[str, ...]:
+        return (
+            "build",
+            f"--policy.path={base / 'teacher'}",
+            "--policy.device=cpu",
+            "--dataset.repo_id=local/tiny",
+            f"--dataset.root={base / 'old-0'}",
+            f"--output={cache}",
+            f"--num-samples={samples}",
+            f"--shard-size={shard_size}",
+            "--batch-size=4",
+        )
 
     def stage(self, function: str, kept: tuple[str, ...] = ()) -> Job:
         """A stage of the quickstart after the ones before it.
@@ -182,9 +202,6 @@ class World:
             shutil.copytree(source, out / "kept", dirs_exist_ok=True, symlinks=True)
             pristine[out] = self.root / "references" / name
 
-        def result() -> dict[str, str]:
-            found = folder_result(out)
-            return {name: value for name, value in found.items() if Path(name).name != "result.json"}
-
-        job = Job(f"tests.faults.programs:{function}", (str(out),), out, result, {}, root, pristine)
+        target = f"tests.faults.programs:{function}"
+        job = Job(target, (str(out),), out, lambda: folder_result(out), {}, root, pristine)
         return self._reference(function, job)

@@ -34,7 +34,7 @@ from craft_opt.bridge.quickstart.settings import (
 from craft_opt.bridge.quickstart.simulation import Skill
 from craft_opt.bridge.quickstart.skills import WORKERS, collect
 from craft_opt.bridge.quickstart.teacher import make_teacher
-from craft_opt.bridge.run_guard import LOCK_FILE, locked
+from craft_opt.bridge.run_guard import LOCK_FILE, locked, written_to
 from craft_opt.bridge.seals import check_seal
 
 DEFAULT_OUTPUT = Path("outputs/quickstart")
@@ -156,7 +156,7 @@ class Quickstart:
     def run(self) -> Path:
         """Do what is left to do, print the table, and return the folder of the run."""
         self.output.mkdir(parents=True, exist_ok=True)
-        with locked(self.output / LOCK_FILE, f"the quickstart's folder {self.output}"):
+        with locked(self.output / LOCK_FILE, f"the quickstart's folder {self.output}"), written_to(self.output):
             return self._run()
 
     def _run(self) -> Path:

@@ -1,0 +1,84 @@
+"""``python -m tests.faults``: inject every fault, count what became of it, write it down.
+
+``--only kill,nan`` takes some parts, ``--scale 0.2`` fewer points of each, ``--list`` names the parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.harness import write_document
+from tests.faults.campaign import Campaign
+from tests.faults.judge import SILENT, UNCLEAR
+from tests.faults.lab import Lab
+from tests.faults.world import World
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the campaign.
+
+    Returns:
+        0, or 1 where an outcome was silently wrong or unclear.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--only", default="", help="parts, separated by commas")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the points of every part")
+    parser.add_argument("--list", action="store_true", help="name the parts")
+    parser.add_argument("--results", type=Path, help="folder of the results file; none without it")
+    parser.add_argument("--keep", type=Path, help="folder to work in and to leave; a temporary one without it")
+    arguments = parser.parse_args(argv)
+    root = arguments.keep or Path(tempfile.mkdtemp(prefix="craft-faults-"))
+    began = time.monotonic()
+    lab = Lab(root / "lab")
+    try:
+        campaign = Campaign(World(root, lab), lab, arguments.scale)
+        parts = dict(campaign.kinds())
+        if arguments.list:
+            print("\n".join(parts))
+            return 0
+        wanted = arguments.only.split(",") if arguments.only else list(parts)
+        for name in wanted:
+            parts[name]()
+    finally:
+        lab.close()
+        if arguments.keep is None:
+            shutil.rmtree(root, ignore_errors=True)
+    seconds = time.monotonic() - began
+    print("\n".join(["", *campaign.table(), ""]))
+    for name, seen in campaign.points.items():
+        print(f"{name}: {seen['calls']} calls that change a file, {seen['faults']} faults at them")
+    print(f"{len(campaign.outcomes)} faults in {seconds / 60:.1f} minutes")
+    bad = [o for o in campaign.outcomes if o.outcome in (SILENT, UNCLEAR)]
+    for outcome in bad:
+        print(f"{outcome.outcome}: {outcome.kind} | {outcome.name} | {outcome.detail}")
+    if arguments.results is not None:
+        counts: dict[str, dict[str, int]] = {}
+        for o in campaign.outcomes:
+            of_kind = counts.setdefault(o.kind, {})
+            of_kind[o.outcome] = of_kind.get(o.outcome, 0) + 1
+        totals: dict[str, int] = {}
+        for o in campaign.outcomes:
+            totals[o.outcome] = totals.get(o.outcome, 0) + 1
+        file, _ = write_document(
+            arguments.results,
+            "faults",
+            "python -m tests.faults --results benchmarks/results",
+            faults=len(campaign.outcomes),
+            silent_wrong=sum(o.outcome == SILENT for o in campaign.outcomes),
+            unclear=sum(o.outcome == UNCLEAR for o in campaign.outcomes),
+            totals=totals,
+            by_kind=counts,
+            points=campaign.points,
+            minutes=round(seconds / 60, 1),
+        )
+        print(file)
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
