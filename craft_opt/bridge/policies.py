@@ -93,7 +93,7 @@ def load_policy(
     try:
         with remote_code(trust_remote_code):
             policy = make_policy(cfg=config, ds_meta=ds_meta, rename_map=dict(rename_map or {}))
-    except RuntimeError as error:  # what torch and safetensors raise for missing, unexpected and misshapen tensors
+    except (RuntimeError, SafetensorError) as error:  # for missing, unexpected and misshapen tensors, and damaged files
         if "tokenizers" in str(error):  # pi0_fast, which says no more than that
             raise ValueError(f"{config.pretrained_path or config.type}: {error.__cause__}{_remedy(config)}") from error
         if weights is None:

@@ -11,6 +11,7 @@ than five seconds, more than a GiB of memory, a different load under the same di
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import resource
@@ -47,7 +48,7 @@ RAW = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 5000 + "]" * 5
 _MARK = "@raw@"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Base:
     """A real file's folder: its name, its files, and what reads it."""
 
@@ -100,9 +101,9 @@ def damage_json(draw: Any, content: Any) -> str:
         if how == "drop":
             del parent[last]
         elif how == "add" and isinstance(parent, dict):
-            parent[draw(st.sampled_from(["x", "", "__class__", "file", "samples"]))] = draw(st.sampled_from(HOSTILE))
+            parent[draw(st.sampled_from(["x", "", "__class__", "file", "samples"]))] = hostile(draw)
         elif how == "add":
-            parent.insert(0, draw(st.sampled_from([parent[last], *HOSTILE])))
+            parent.insert(0, parent[last] if draw(st.booleans()) else hostile(draw))
         elif how == "nudge" and isinstance(parent[last], int):
             parent[last] += draw(st.sampled_from([-1, 1, 2**16, 0.5]))
         elif how == "swap":
@@ -111,11 +112,20 @@ def damage_json(draw: Any, content: Any) -> str:
                 other = other[key] if isinstance(other, (dict, list)) and _has(other, key) else other
             parent[last] = json.loads(json.dumps(other))
         elif how == "raw":
-            parent[last], raw = _MARK, draw(st.sampled_from(RAW))
+            parent[last], raw = _MARK, RAW[draw(st.integers(0, len(RAW) - 1))]
         else:
-            parent[last] = draw(st.one_of(st.sampled_from(HOSTILE), st.integers(), st.floats(), st.text(max_size=20)))
+            parent[last] = (
+                hostile(draw)
+                if draw(st.booleans())
+                else draw(st.one_of(st.integers(), st.floats(), st.text(max_size=20)))
+            )
     text = json.dumps(content)
     return text.replace(f'"{_MARK}"', raw) if raw is not None else text
+
+
+def hostile(draw: Any) -> Any:
+    # By number, since some are too long to be shown; a copy, since it is damaged further in its place.
+    return copy.deepcopy(HOSTILE[draw(st.integers(0, len(HOSTILE) - 1))])
 
 
 def _has(container: Any, key: Any) -> bool:
