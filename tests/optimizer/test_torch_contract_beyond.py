@@ -761,7 +761,9 @@ def compiled_run(backend, *, retention):
 
 
 @pytest.mark.parametrize("retention", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_compiled_train_step(backend, retention, monkeypatch):
     """The step is a break in the graph; numbers and counts are those of the plain loop."""
