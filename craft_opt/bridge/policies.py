@@ -416,7 +416,7 @@ def policy_type_at(path: str | Path) -> str | None:
     file = Path(path) / "config.json"
     if not file.is_file():
         return None
-    content = read_json(file, "take a policy written by save_pretrained")
+    content = read_json(file, "take a policy written by save_pretrained, or restore it from a copy")
     found = content.get("type") if isinstance(content, dict) else None
     return found if isinstance(found, str) else None
 

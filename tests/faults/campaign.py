@@ -417,6 +417,8 @@ class Campaign:
             return world.stage("report")
 
         def preparing() -> Job:
+            if not (world.root / "references" / "prepare").is_dir():
+                world.done_with(world.stage("prepare"))
             return world.stage("prepare", kept=("prepare",))
 
         yield "kill", lambda: self.kills("kill -9: checkpoint and metrics", "training", world.training, 44)

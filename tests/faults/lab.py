@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-IMPORTS = ("tests.faults.programs", "craft_opt.bridge.loop", "craft_opt.bridge.quickstart.run")
+WARM = "tests.faults.programs:build_world"
 TRAIN, ANCHORS = "tests.faults.programs:train", "tests.faults.programs:anchors"
 # A program that hangs is a failure, and these take seconds.
 LIMIT_SECONDS = 180
@@ -86,7 +86,11 @@ class Program:
 
 
 class Lab:
-    """Starts programs through the server."""
+    """Starts programs through the server, which makes the world first.
+
+    Args:
+        folder: Of the library and of the programs' output; the world goes beside it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,7 +103,7 @@ class Lab:
             "TOKENIZERS_PARALLELISM": "false",
         }
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.server", *IMPORTS],
+            [sys.executable, "-m", "tests.faults.server", WARM, str(folder.parent / "world")],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

@@ -59,6 +59,21 @@ def build_world(arguments: Sequence[str]) -> None:
         )
     make_tiny_dataset(root / "new", tasks=("press the drawer",), seed=5)
     seal(root / "new")
+    # Once here, so that no process after it has to import what LeRobot imports late.
+    flags = [
+        f"--policy.path={root / 'teacher'}",
+        "--policy.device=cpu",
+        "--dataset.repo_id=local/tiny",
+        f"--dataset.root={root / 'new'}",
+        f"--output_dir={root.parent / 'warm'}",
+        "--batch_size=4",
+        "--craft.anchor_batch_size=4",
+        f"--craft.anchor_cache_dir={root / 'cache-0'}",
+        "--dataset.image_transforms.enable=true",
+        "--steps=2",
+    ]
+    if code := cli.main(flags):
+        raise RuntimeError(f"the undisturbed run ended with {code}")
 
 
 # -- the quickstart, stage by stage ----------------------------------------------------------------------------------

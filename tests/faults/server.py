@@ -1,6 +1,7 @@
 """Starts every program under test in a process of its own, forked from one that has imported LeRobot already.
 
-``python -m tests.faults.server`` reads one JSON command a line and answers with one. A child is the real program: its
+``python -m tests.faults.server MODULE:FUNCTION FOLDER`` calls the function, which imports what there is to import and
+makes the world, then reads one JSON command a line and answers with one. A child is the real program: its
 own process group, its own output files, killed for real. Only its imports are shared, ten seconds each time.
 """
 
@@ -15,7 +16,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 
 MODES = {"record": 1, "signal": 2, "power": 3, "fail": 4}
 
@@ -80,13 +80,13 @@ def wait(pid: int, seconds: float) -> dict:
         time.sleep(0.01)
 
 
-def main(imports: Sequence[str]) -> None:
+def main(warm: str, folder: str) -> None:
     commands, answers = sys.stdin, os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
-    for name in imports:
-        importlib.import_module(name)
+    module, _, function = warm.partition(":")
+    getattr(importlib.import_module(module), function)([folder])
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in commands:
         command = json.loads(line)
@@ -95,4 +95,4 @@ def main(imports: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

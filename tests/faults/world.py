@@ -23,8 +23,10 @@ def checksum(file: Path) -> str:
     if file.suffix == ".safetensors":
         content = file.read_bytes()
         size = int.from_bytes(content[:8], "little")
-        header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True)
-        return hashlib.sha256(header.encode() + content[8 + size :]).hexdigest()
+        header = json.loads(content[8 : 8 + size])
+        # That of the cache's manifest, which names the teacher's folder.
+        header.get("__metadata__", {}).pop("cache_digests", None)
+        return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + content[8 + size :]).hexdigest()
     if file.suffix == ".parquet":
         return hashlib.sha256(repr(parquet.read_table(file).to_pylist()).encode()).hexdigest()
     return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -69,8 +71,6 @@ class World:
     def __init__(self, root: Path, lab: Lab) -> None:
         self.root, self.lab = root, lab
         self.base = root / "world"
-        built = lab.run("tests.faults.programs:build_world", (self.base,))
-        assert built.code == 0, built.err[-3000:]
         self.cases = 0
         self._expected: dict[str, dict[str, str]] = {}
 
