@@ -43,7 +43,7 @@ from craft_opt.bridge.anchor_manifest import (
     rebuild_hint,
     sha256_of_file,
 )
-from craft_opt.bridge.untrusted import MAX_HEADER_BYTES, check_header, check_inside
+from craft_opt.bridge.untrusted import MAX_HEADER_BYTES, brief, check_header, check_inside, shown
 
 _IDENTITY_BYTES = 32  # of a SHA-256
 
@@ -264,9 +264,9 @@ def check_shard(folder: Path, shard: ShardInfo, manifest: AnchorManifest) -> Non
                 for name, part in slices.items()
             }
     except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file ({error}); {rebuild_hint(folder)}") from error
+        raise ValueError(f"{file} is no safetensors file ({brief(error)}); {rebuild_hint(folder)}") from error
     if holds != expected:
-        raise ValueError(f"{file} holds {holds} instead of {expected}; {rebuild_hint(folder)}")
+        raise ValueError(f"{file} holds {brief(holds)} instead of {brief(expected)}; {rebuild_hint(folder)}")
 
 
 def check_forms(folder: Path, manifest: AnchorManifest) -> None:
@@ -297,7 +297,7 @@ def check_forms(folder: Path, manifest: AnchorManifest) -> None:
         sizes = [size if size is not None else found for size, found in zip(wanted, info.shape, strict=False)]
         if (info.dtype, info.shape) != (dtype, sizes) or len(info.shape) != len(wanted):
             raise ValueError(
-                f"{folder} has {name} as {info.dtype} {info.shape}, and {manifest.kind} anchors need {dtype} "
+                f"{folder} has {name} as {info.dtype} {shown(info.shape)}, and {manifest.kind} anchors need {dtype} "
                 f"{['any' if size is None else size for size in wanted]}; {rebuild_hint(folder)}"
             )
 

@@ -31,7 +31,7 @@ from craft_opt.bridge.config import CraftTrainConfig
 from craft_opt.bridge.logs import METRICS_FILE
 from craft_opt.bridge.run_guard import newest_checkpoint
 from craft_opt.bridge.seals import check_prefix, check_seal, prefix_note, seal
-from craft_opt.bridge.untrusted import MAX_JSON_BYTES, check_header, check_inside, read_json, shown, typed
+from craft_opt.bridge.untrusted import MAX_JSON_BYTES, brief, check_header, check_inside, read_json, shown, typed
 
 _UNFIT = (SafetensorError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError)
 CRAFT_STATE_FILE = "craft_state.safetensors"
@@ -107,7 +107,7 @@ class CraftState:
                 metadata = content.metadata() or {}
                 values = {name: content.get_tensor(name).tolist() for name in content.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); {_OTHER}") from error
+            raise ValueError(f"{file} is damaged ({brief(error)}); {_OTHER}") from error
         found = metadata.pop("format", None)
         digests = metadata.pop("cache_digest" if found == _SINGLE_CACHE_FORMAT else "cache_digests", "")
         if found == _SINGLE_CACHE_FORMAT:
@@ -116,8 +116,8 @@ class CraftState:
             values.setdefault("accumulated", 1)
         elif found != _FORMAT:
             raise ValueError(
-                f"{file} has format {found!r}, and this program reads {_FORMAT} and {_SINGLE_CACHE_FORMAT}; resume "
-                f"with the version that wrote it"
+                f"{file} has format {shown(found)}, and this program reads {_FORMAT} and {_SINGLE_CACHE_FORMAT}; "
+                f"resume with the version that wrote it"
             )
         found = {**values, **metadata, "cache_digests": list(filter(None, digests.split(",")))}
         try:
@@ -131,7 +131,7 @@ class CraftState:
             if len(state["anchor_positions"]) != len(state["cache_digests"]):
                 raise ValueError("its anchor caches and the positions in them are not as many")
         except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}); {_OTHER}") from error
+            raise ValueError(f"{file} is damaged ({brief(error)}); {_OTHER}") from error
         lists = {name: tuple(value) for name, value in state.items() if isinstance(value, list)}
         return cls(**{**state, **lists})
 
@@ -241,7 +241,9 @@ def restore(
     try:
         step, _, _ = load_training_state(folder, optimizer, scheduler)
     except _UNFIT as error:  # LeRobot's and torch's words for a file of another optimizer, or a made-up one
-        raise ValueError(f"{folder / TRAINING_STATE_DIR} does not fit this run ({error!r}); {_OTHER}") from error
+        raise ValueError(
+            f"{folder / TRAINING_STATE_DIR} does not fit this run ({brief(repr(error))}); {_OTHER}"
+        ) from error
     dual = _dual_of(optimizer)
     found = {name: float(dual[name]) for name in _DUAL_NAMES}
     expected = {name: float(getattr(state, name)) for name in _DUAL_NAMES}
@@ -277,7 +279,7 @@ def check_training_state(folder: Path) -> None:
         with safe_open(file, framework="pt") as states:
             values, place = (states.get_tensor(f"np_rng_state_{part}") for part in ("values", "index"))
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); {_OTHER}") from error
+        raise ValueError(f"{file} is damaged ({brief(error)}); {_OTHER}") from error
     if values.numel() != _NUMPY_WORDS or place.numel() != 1 or not 0 <= int(place) <= _NUMPY_WORDS:
         raise ValueError(f"{file} has no state of numpy's generator ({tuple(values.shape)}, {place}); {_OTHER}")
 

@@ -353,14 +353,8 @@ def claimed(cfg: CraftTrainConfig) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=cfg.resume)
     except FileExistsError as error:
         raise FileExistsError(f"another run has made {folder} meanwhile; choose another --output_dir") from error
-    with locked(folder / LOCK_FILE, f"the output folder {folder}"):
-        try:
-            with written_to(folder):
-                yield
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise OSError(f"a data worker died ({error}); its dataset is {cfg.dataset.repo_id}") from error
+    with locked(folder / LOCK_FILE, f"the output folder {folder}"), written_to(folder):
+        yield
 
 
 def _run_steps(run: Run, on_step: Callable[[StepRecord], None] | None, progress: bool) -> TrainSummary:

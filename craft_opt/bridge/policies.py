@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import craft_opt.bridge.quickstart.configuration_pi0_fast_tiny  # noqa: F401
 from craft_opt.bridge.fingerprints import teacher_fingerprint
 from craft_opt.bridge.seals import check_seal
-from craft_opt.bridge.untrusted import read_json
+from craft_opt.bridge.untrusted import brief, read_json
 from craft_opt.bridge.untrusted_policy import (
     check_adapter,
     check_policy_config,
@@ -63,7 +63,8 @@ def read_policy_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Pre
             f"--policy.path={path} is no folder of a saved policy, and could not be fetched from the hub ({error})"
         ) from error
     except (DecodingError, ParsingError) as error:
-        raise ValueError(f"--policy.path={path} has settings that its policy type has not: {error}") from error
+        why = f"{error} {error.__cause__ or ''}".strip()
+        raise ValueError(f"--policy.path={path} has settings that its policy type has not: {brief(why)}") from error
     config.pretrained_path = Path(path)
     return config
 

@@ -127,9 +127,14 @@ def written_to(folder: Path) -> Iterator[None]:
 
     Raises:
         OSError: Of the same number, with the folder's name.
+        ChildProcessError: A data worker died.
     """
     try:
         yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(f"a data worker died while {folder} was written ({error})") from error
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else errno.EIO
@@ -142,6 +147,8 @@ def written_to(folder: Path) -> Iterator[None]:
 
 def remedy(error: Exception) -> str:
     """What to do about an error of the disk, empty for others."""
+    if isinstance(error, ChildProcessError):
+        return "see whether the memory ran out, or take fewer data workers"
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT):
         return "make room on that disk"

@@ -19,7 +19,7 @@ MAX_JSON_BYTES = 2**24
 # safetensors itself takes headers of 100 MB; ours have a dozen tensors.
 MAX_HEADER_BYTES = 2**20
 _MAX_NAME_BYTES = 255
-_SHOWN = 60
+_SHOWN, _BRIEF = 60, 1500
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def read_json(file: Path, remedy: str) -> Any:
     except RecursionError as error:
         raise ValueError(f"{file} is damaged (nested too deeply); {remedy}") from error
     except ValueError as error:  # also what json and the decoder raise
-        raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
+        raise ValueError(f"{file} is damaged ({brief(error)}); {remedy}") from error
     return found
 
 
@@ -119,6 +119,12 @@ def shown(value: Any) -> str:
     """A value for an error or a terminal: short, and without what would steer the terminal."""
     text = ascii(value) if isinstance(value, bytes) else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def brief(value: object) -> str:
+    """What a library or a file says, cut: some repeat all of what they refuse."""
+    text = printable(str(value))
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}…"
 
 
 def printable(text: str) -> str:

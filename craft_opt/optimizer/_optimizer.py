@@ -792,7 +792,7 @@ class CraftOptimizer(Optimizer):
                 slot = self._slots.get(p)
                 if slot is not None and first is None:
                     first = index, slot
-                if index in saved["state"]:
+                if saved["state"].get(index):  # empty where somebody looked before the first step
                     entry = dict(saved["state"][index])
                     if slot is not None and not (group["capturable"] or group["fused"]):
                         entry["step"] = on_host[p.device][slot.segment].clone()
@@ -800,12 +800,11 @@ class CraftOptimizer(Optimizer):
                 index += 1
         if first is not None:
             index, slot = first
-            if index not in saved["state"]:
+            if not saved["state"].get(index):
                 # Zero steps and zero moments: what AdamW itself would start from.
-                saved["state"][index] = {
-                    **self._state_views(slot),
-                    "step": on_host[slot.param.device][slot.segment].clone(),
-                }
+                slot.forget()
+                step = torch.zeros((), dtype=torch.float32, device="cpu")
+                saved["state"][index] = {**self._state_views(slot), "step": step}
                 # In order; what hooks put beside the parameters comes last.
                 saved["state"] = dict(sorted(saved["state"].items(), key=_number))
             saved["state"][index][DUAL_KEY] = DualState(self._dual).state_dict()

@@ -128,6 +128,19 @@ def test_the_trainer_resumes_with_its_own_checkpoints(tmp_path):
     assert_same_training(resumed, whole)
 
 
+def test_the_trainer_retains_the_same_with_gradient_checkpointing(tmp_path):
+    case, plain = Case(), Case()
+    plain.trainer(tmp_path / "plain").train()
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    case.trainer(tmp_path / "other", **checkpointing).train()
+    assert case.model.is_gradient_checkpointing
+    for found, expected in zip(case.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    lam = plain.optimizer.metrics().lam_after.item()
+    assert case.optimizer.metrics().lam_after.item() == pytest.approx(lam, rel=1e-4)
+    assert lam > 1.0
+
+
 # -- precision -------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from craft_opt.bridge.policies import load_policy, make_processors, read_policy_
 from craft_opt.bridge.seals import check_prefix, check_seal, seal
 from craft_opt.bridge.untrusted import read_json
 from craft_opt.bridge.untrusted_policy import check_processor
+from tests.bridge.fuzz import bounded_memory
 from tests.bridge.test_anchors_bad_input import content_of, reseal, with_first_shard
 from tests.quickstart.support import TASKS
 
@@ -181,6 +182,36 @@ def test_a_pickle_in_a_kept_dataset_is_not_read(world, canary, tmp_path):
         except Exception as error:
             assert not isinstance(error, AssertionError)
         file.write_bytes(whole)
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 2**40}, "the settings beside it ask for"),
+        ({"mlp_dim": 2**30, "vision_mlp_dim": 2**30}, "the settings beside it ask for"),
+        ({"depth": 2**40}, "more layers than it has"),
+        ({"fast_scale": 1e12}, "are no vocabulary"),
+        ({"width": -1}, ".*"),
+    ],
+)
+def test_settings_that_dwarf_their_weights_make_no_room(teacher, meta, changes, message):
+    edit(teacher / "config.json", lambda content: content.update(changes))
+    with bounded_memory(), pytest.raises((ValueError, RuntimeError), match=message) as refused:
+        load(teacher, meta)
+    assert "memory" not in str(refused.value)
+
+
+def test_a_processor_that_asks_for_a_huge_vocabulary_is_refused(teacher):
+    def change(content):
+        [step] = [step for step in content["steps"] if step.get("registry_name") == "pi0_fast_tiny_tokenizer"]
+        step["config"]["n_action_tokens"] = 2**40
+
+    edit(teacher / "policy_preprocessor.json", change)
+    with bounded_memory(), pytest.raises(ValueError, match="1099511627776 action tokens are no vocabulary"):
+        processors(teacher)
 
 
 # -- processors --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from benchmarks.harness import write_document
 from tests.faults.campaign import Campaign
 from tests.faults.judge import SILENT, UNCLEAR
 from tests.faults.lab import Lab
+from tests.faults.soak import soak
 from tests.faults.world import World
 
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the campaign.
 
     Returns:
-        0, or 1 where an outcome was silently wrong or unclear.
+        0, or 1 where an outcome was silently wrong or unclear, or a long run grew.
     """
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--only", default="", help="parts, separated by commas")
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     lab = Lab(root / "lab")
     try:
         campaign = Campaign(World(root, lab), lab, arguments.scale)
-        parts = dict(campaign.kinds())
+        long_run: dict = {}
+        parts = dict(campaign.kinds()) | {"soak": lambda: long_run.update(soak(campaign.world, lab))}
         if arguments.list:
             print("\n".join(parts))
             return 0
@@ -56,6 +58,16 @@ def main(argv: list[str] | None = None) -> int:
     bad = [o for o in campaign.outcomes if o.outcome in (SILENT, UNCLEAR)]
     for outcome in bad:
         print(f"{outcome.outcome}: {outcome.kind} | {outcome.name} | {outcome.detail}")
+    flat = all(process["flat"] for process in long_run.get("processes", ())) and not long_run.get("different")
+    for process in long_run.get("processes", ()):
+        print(
+            f"soak, {process['run']}, steps {process['steps']}: {process['bytes_a_step']:.0f} bytes a step, handles "
+            f"{process['handles']}, threads {process['threads']}, {'flat' if process['flat'] else 'GROWS'}"
+        )
+    if long_run:
+        print(
+            f"soak: {long_run['steps']} steps, in parts as in one go; different: {long_run['different'] or 'nothing'}"
+        )
     if arguments.results is not None:
         counts: dict[str, dict[str, int]] = {}
         for o in campaign.outcomes:
@@ -74,10 +86,11 @@ def main(argv: list[str] | None = None) -> int:
             totals=totals,
             by_kind=counts,
             points=campaign.points,
+            soak=long_run,
             minutes=round(seconds / 60, 1),
         )
         print(file)
-    return int(bool(bad))
+    return int(bool(bad) or not flat)
 
 
 if __name__ == "__main__":

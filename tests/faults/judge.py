@@ -110,9 +110,6 @@ def follow(lab: Lab, job: Job, ended: Ended | None) -> tuple[str, str]:
         message, ended = ended.message, None
         if found := RESUME.search(message):
             target, arguments = TRAIN, ["--resume=true", f"--config_path={found[1]}"]
-        elif AWAY.search(message):
-            ignored.add("metrics.jsonl")
-            (job.made / "metrics.jsonl").unlink()
         elif "nothing is left to do" in message:
             wrong = differences(job)
             return (SILENT, f"said to be done, and other: {wrong[:4]}") if wrong else (CONTINUED, "")
@@ -126,6 +123,9 @@ def follow(lab: Lab, job: Job, ended: Ended | None) -> tuple[str, str]:
         elif COPY.search(message) and (place := _restored(job, message)):
             shutil.rmtree(place)
             shutil.copytree(job.pristine[place], place, symlinks=True)
+        elif AWAY.search(message):
+            ignored.add("metrics.jsonl")
+            (job.made / "metrics.jsonl").unlink()
         elif (found := DELETE.search(message)) and Path(found[1]).is_relative_to(job.root):
             gone = Path(found[1])
             shutil.rmtree(gone) if gone.is_dir() else gone.unlink()

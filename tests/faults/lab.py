@@ -71,7 +71,8 @@ class Program:
         (os.killpg if group else os.kill)(self.pid, number)
 
     def out(self) -> str:
-        return (self.folder / "stdout").read_text(errors="replace")
+        file = self.folder / "stdout"
+        return file.read_text(errors="replace") if file.is_file() else ""
 
     def poll(self, seconds: float = 0.0) -> int | None:
         return self.lab.ask({"do": "wait", "pid": self.pid, "seconds": seconds})["code"]

@@ -87,7 +87,8 @@ class World:
         base = base or self.base
         # Random image transforms draw from torch's global generator at every sample: its state must come back, too.
         # (Not with workers, whose generators start anew in a resumed run.)
-        transforms = [] if workers else ["--dataset.image_transforms.enable=true"]
+        forked = ["--num_workers=1", "--dataloader_multiprocessing_context=fork", "--persistent_workers=true"]
+        transforms = forked if workers else ["--dataset.image_transforms.enable=true"]
         return (
             f"--policy.path={base / 'teacher'}",
             "--policy.device=cpu",

@@ -8,6 +8,7 @@ import copy
 import inspect
 import io
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -291,6 +292,27 @@ def test_a_model_turned_to_double_is_refused():
     assert torch.equal(flat_params(model), before)
 
 
+def test_a_frozen_parameter_with_a_gradient_stays():
+    """AdamW steps whatever has a .grad: zeros that zero_grad(set_to_none=False) left go on decaying frozen weights."""
+    pairs, ours, theirs = pair([Parameter(torch.ones(3)), Parameter(torch.ones(2))], lr=0.1, weight_decay=0.1)
+    lockstep(pairs, ours, theirs, random_grads(pairs))
+    p, q = pairs[0]
+    before = p.detach().clone()
+    for one, opt in ((p, ours), (q, theirs)):
+        opt.zero_grad(set_to_none=False)
+        one.requires_grad_(False)
+        opt.step()
+    assert torch.equal(p, before)
+    assert not torch.equal(q, before)
+    compare(pairs[1:])
+    # Thawed, it goes on with its own moments and steps.
+    assert ours.state[p]["step"].item() == 1
+    p.requires_grad_(True)
+    p.grad = torch.ones(3)
+    ours.step()
+    assert ours.state[p]["step"].item() == 2
+
+
 def test_frozen_and_thawed_mid_run():
     """Head first, then the body instead: each has its steps, and the checkpoint every moment."""
     pairs = models()
@@ -386,6 +408,26 @@ def test_emptied_state_starts_afresh(how):
                     entry.clear()
     lockstep(pairs, ours, theirs, random_grads(pairs))
     assert all(ours.state[p]["step"].item() == 1 for p, _ in pairs)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_state_looked_at_or_emptied_before_a_checkpoint(number):
+    """``state`` is a default dict: looking leaves an empty entry, which a checkpoint must not fill by half."""
+    params = [Parameter(torch.randn(3)), Parameter(torch.randn(2))]
+    opt = CraftOptimizer(params, lr=1e-2)
+    assert not opt.state[params[number]]
+    again = CraftOptimizer(params, lr=1e-2)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    again.step()
+    assert all(again.state[p]["step"].item() == 1 for p in params)
+    # Emptied after a step and saved before the next one: what the checkpoint holds starts afresh as well.
+    del again.state[params[number]]
+    opt.load_state_dict(copy.deepcopy(again.state_dict()))
+    for one in (again, opt):
+        one.step()
+        assert [one.state[p]["step"].item() for p in params] == [2 - (i == number) for i in range(2)]
 
 
 def test_moments_changed_in_place_count():
@@ -719,10 +761,14 @@ def compiled_run(backend, *, retention):
 
 
 @pytest.mark.parametrize("retention", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_compiled_train_step(backend, retention, monkeypatch):
     """The step is a break in the graph; numbers and counts are those of the plain loop."""
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
     if retention:
         # Every gradient lands in the hook, as those of a large model do.
         monkeypatch.setattr(_optimizer, "LAND_AT_ONCE", 1)
