@@ -201,18 +201,21 @@ class AnchorOrder:
     Args:
         samples: Number of anchors.
         seed: Seed of the permutations.
-        position: Anchors drawn so far.
+        position: Anchors drawn so far, by all processes.
+        rank: Number of this process among those that draw together.
+        processes: How many those are.
     """
 
-    def __init__(self, samples: int, seed: int, position: int = 0) -> None:
+    def __init__(self, samples: int, seed: int, position: int = 0, *, rank: int = 0, processes: int = 1) -> None:
         self.samples, self.seed, self.position = samples, seed, position
+        self.rank, self.processes = rank, processes
         self._epoch = -1
         self._permutation: list[int] = []
 
     def draw(self, count: int) -> list[int]:
-        """Numbers of the next ``count`` anchors."""
+        """Numbers of this process' next ``count`` anchors; the other processes take theirs beside them."""
         drawn = []
-        for _ in range(count):
+        for _ in range(count * self.processes):
             epoch, offset = divmod(self.position, self.samples)
             if epoch != self._epoch:
                 # Its own generator: the order depends on no other use of randomness, and a resumed run finds it again.
@@ -222,7 +225,7 @@ class AnchorOrder:
                 self._epoch = epoch
             drawn.append(self._permutation[offset])
             self.position += 1
-        return drawn
+        return drawn[self.rank * count : (self.rank + 1) * count]
 
 
 def check_shard(folder: Path, shard: ShardInfo, manifest: AnchorManifest) -> None:

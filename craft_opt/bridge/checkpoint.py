@@ -147,8 +147,13 @@ def save(
     anchor_positions: tuple[int, ...],
     cache_digests: tuple[str, ...],
     dataset: str = "",
+    processes: int = 1,
+    gathered: tuple[dict[str, Any], dict[str, Any]] | None = None,
 ) -> Path:
     """Write ``checkpoints/<step>`` under a temporary name, rename it, and let ``checkpoints/last`` point to it.
+
+    ``gathered`` are the weights and the optimizer's state where the policy is sharded. A checkpoint has one form,
+    whatever wrote it, so that any number of processes can go on from it.
 
     Returns:
         The folder.
@@ -169,8 +174,10 @@ def save(
         scheduler=scheduler,
         preprocessor=processors[0],
         postprocessor=processors[1],
-        num_processes=1,
+        num_processes=processes,
         batch_size=cfg.batch_size,
+        model_state_dict=None if gathered is None else gathered[0],
+        optim_state_dict=None if gathered is None else gathered[1],
     )
     dual = _dual_of(optimizer)
     state = CraftState(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from craft_opt.bridge import shorten_codec_warning
+from craft_opt.bridge.processes import is_main, world_size
 from craft_opt.bridge.run_guard import describe, exit_code, how_to_go_on, remedy, sigterm_as_interrupt
 from craft_opt.config import CraftConfig
 
@@ -103,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as error:
             return report_error(error)
         except KeyboardInterrupt as interrupt:
-            print(describe(interrupt), file=sys.stderr)
+            if is_main():
+                print(describe(interrupt), file=sys.stderr)
             return exit_code(interrupt)
 
 
@@ -325,6 +327,13 @@ def show_help(command: Command) -> int:
 
 def _quickstart(command: Command) -> int:
     shorten_codec_warning()
+    if (count := world_size()) > 1:
+        return report_error(
+            UsageError(
+                f"the quickstart runs in one process, and the launcher started {count}: python train.py "
+                f"--retention-mode hidden; several train your own policy: --policy.path and --dataset.repo_id"
+            )
+        )
     from craft_opt.bridge.quickstart.run import run_quickstart
 
     output_dir, seed, steps = (command.flags.get(name) for name in ("output_dir", "seed", "steps"))
@@ -361,17 +370,22 @@ def _train(command: Command) -> int:
         return report_error(error)
     assert run.cfg.output_dir is not None
     try:
-        return show_summary(run_steps(run))
+        code = show_summary(run_steps(run))
+        run.ranks.close()
+        return code
     except OSError as error:
         told = (str(error), remedy(error), how_to_go_on(run.cfg.output_dir))
         return report_error(OSError("; ".join(filter(None, told))))
     except KeyboardInterrupt:
-        print(how_to_go_on(run.cfg.output_dir), file=sys.stderr)
+        if is_main():
+            print(how_to_go_on(run.cfg.output_dir), file=sys.stderr)
         raise
 
 
 def show_summary(summary: TrainSummary) -> int:
     """Say where the results of a finished run are and return 0."""
+    if not is_main():
+        return 0
     if summary.checkpoint is not None:
         print(f"Trained policy: {summary.checkpoint / 'pretrained_model'}")
     print(f"Metrics: {summary.metrics_file}")
@@ -396,5 +410,7 @@ def arguments_of(command: Command) -> list[str]:
 def report_error(error: Exception) -> int:
     """Say what is wrong, and what to do where the disk is at fault, and return the exit code for it."""
     told = f"; {remedy(error)}, and give the same command again" if remedy(error) else ""
+    if not is_main():
+        return EXIT_USER_ERROR  # one process tells what all of them found
     print(f"error: {error}{told}", file=sys.stderr)
     return EXIT_USER_ERROR

@@ -30,6 +30,7 @@ from craft_opt.bridge.config import CraftTrainConfig, parse_config
 from craft_opt.bridge.logs import METRICS_FILE, MetricsFile, StepRecord, say, set_up_logging
 from craft_opt.bridge.loop import Journal, Run, TrainSummary, claimed, prepare, save_run
 from craft_opt.bridge.policies import precision_context
+from craft_opt.bridge.processes import world_size
 from craft_opt.bridge.run_guard import describe, exit_code, sigterm_as_interrupt
 from craft_opt.bridge.step import StepResult
 
@@ -54,6 +55,11 @@ def train(cfg: CraftTrainConfig, *, on_step: Callable[[StepRecord], None] | None
         FileExistsError: The output folder is there already.
     """
     _refuse_accumulation(cfg)
+    if (count := world_size()) > 1:
+        raise ValueError(
+            f"LeRobot's own loop with retention runs in one process, and the launcher started {count}; several train "
+            f"with accelerate launch train.py, which takes the same flags"
+        )
     run = prepare(cfg)
     with claimed(cfg):
         return _train_attached(run, on_step)
@@ -85,7 +91,7 @@ def _train_attached(run: Run, on_step: Callable[[StepRecord], None] | None) -> T
         output_dir=cfg.output_dir,
         steps=cfg.steps,
         checkpoint=checkpoint.latest_checkpoint(cfg.output_dir) if cfg.save_checkpoint else None,
-        metrics_file=journal.file.file,
+        metrics_file=cfg.output_dir / METRICS_FILE,
         skipped_steps=journal.skipped_steps,
         seconds=time.perf_counter() - started,
         last=journal.last,

@@ -194,6 +194,8 @@ class Retention:
         config: Settings of the method.
         seed: Seed of the orders of anchors.
         make_term: Makes the loss of one cache, None for what ``config.retention_mode`` says.
+        rank: Number of this process; each draws ``anchor_batch_size`` anchors of its own.
+        processes: How many processes draw together.
     """
 
     def __init__(
@@ -203,11 +205,16 @@ class Retention:
         config: CraftConfig,
         seed: int,
         make_term: MakeTerm | None = None,
+        *,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         self.weights = cache_weights(config)
         self.counts = shares(config.anchor_batch_size, self.weights)
         make_term = make_term or TERMS[config.retention_mode]
         self.terms = [make_term(cache, preprocessor, config, seed) for cache in caches]
+        for term in self.terms:
+            term.order.rank, term.order.processes = rank, processes
 
     def loss(self, policy: nn.Module) -> Tensor:
         """L_ret on the next batch of anchors, fp32 with a graph."""

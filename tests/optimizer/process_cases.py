@@ -1,9 +1,6 @@
 """What the processes of tests/optimizer/test_processes.py run: every case gives back what its process saw."""
 
 import contextlib
-import tempfile
-import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -278,31 +275,3 @@ def go_on(model, opt, rank, world):
         opt.step()
         opt.zero_grad()
     return {"after": whole(model), "last": record(opt), "attempted": opt.attempted_steps}
-
-
-def run(rank, world, cases, folder):
-    """One process: run the cases in turn and write what each gave."""
-    torch.set_num_threads(1)
-    # A file, not a port: a free port may be taken by the time that it is used.
-    store = dist.FileStore(str(Path(folder) / f"store-of-{world}"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
-    found = {}
-    for name, (case, kwargs) in cases.items():
-        try:
-            found[name] = globals()[case](rank, world, folder, **kwargs)
-        except Exception:
-            found[name] = traceback.format_exc()
-            break  # the others may wait for this one
-    torch.save(found, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def run_world(world, cases, folder=None):
-    """Run cases in ``world`` new processes; return what each process found."""
-    folder = Path(folder or tempfile.mkdtemp())
-    torch.multiprocessing.spawn(run, (world, cases, str(folder)), nprocs=world)
-    found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
-    for rank, content in enumerate(found):
-        for name, value in content.items():
-            assert not isinstance(value, str), f"case {name}, process {rank}:\n{value}"
-    return found

@@ -6,6 +6,7 @@ import torch
 from tests.optimizer import process_cases as cases
 from tests.optimizer.models import batches, make_model
 from tests.support.asserts import assert_norm_close, assert_same_bits
+from tests.support.worlds import run_world
 
 REUSE = {"settings": cases.config(off_steps="reuse", retention_freq=3)}
 TWO = {
@@ -57,12 +58,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    return cases.run_world(2, TWO, folder)
+    return run_world(2, cases.__name__, TWO, folder)
 
 
 @pytest.fixture(scope="module")
 def four(two, folder):  # after two, which saves what four load
-    return cases.run_world(4, FOUR, folder)
+    return run_world(4, cases.__name__, FOUR, folder)
 
 
 def alone(dtype=torch.float32, **kwargs):
