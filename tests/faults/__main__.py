@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         file, _ = write_document(
             arguments.results,
             "faults",
-            "python -m tests.faults --results benchmarks/results",
+            " ".join(["python -m tests.faults", *(argv if argv is not None else sys.argv[1:])]).split(" --keep")[0],
             faults=len(campaign.outcomes),
             silent_wrong=sum(o.outcome == SILENT for o in campaign.outcomes),
             unclear=sum(o.outcome == UNCLEAR for o in campaign.outcomes),

@@ -417,8 +417,6 @@ class Campaign:
             return world.stage("report")
 
         def preparing() -> Job:
-            if not (world.root / "references" / "prepare").is_dir():
-                world.done_with(world.stage("prepare"))
             return world.stage("prepare", kept=("prepare",))
 
         yield "kill", lambda: self.kills("kill -9: checkpoint and metrics", "training", world.training, 44)
@@ -455,7 +453,7 @@ class Campaign:
         yield "damage-partial", self.damaged_partial_cache
         yield (
             "damage-kept",
-            lambda: self.damages("quickstart's kept", preparing, lambda job: job.made / "kept", ("bit flipped",), 12),
+            lambda: self.damages("quickstart's kept", preparing, lambda job: job.made / "kept", ("bit flipped",), 8),
         )
         yield "strangers", self.strangers
         yield "nan", lambda: self.not_finite(12)

@@ -27,6 +27,10 @@ def checksum(file: Path) -> str:
         # That of the cache's manifest, which names the teacher's folder.
         header.get("__metadata__", {}).pop("cache_digests", None)
         return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + content[8 + size :]).hexdigest()
+    if file.name == "config.json":
+        config = json.loads(file.read_text())
+        del config["pretrained_path"]  # the teacher, or the checkpoint that it went on from
+        return json.dumps(config)
     if file.suffix == ".parquet":
         return hashlib.sha256(repr(parquet.read_table(file).to_pylist()).encode()).hexdigest()
     return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -41,12 +45,9 @@ def metrics(file: Path) -> str:
 def run_result(out: Path, step: str = RESULT) -> dict[str, str]:
     """What a training run is: weights, moments, λ, generators, schedule, processors, metrics."""
     folder = out / "checkpoints" / step
-    varying = {"config.json", "train_config.json", "checksums.json"}
+    varying = {"train_config.json", "checksums.json"}
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in varying]
     found = {str(path.relative_to(folder)): checksum(path) for path in files}
-    config = json.loads((folder / "pretrained_model" / "config.json").read_text())
-    del config["pretrained_path"]  # the teacher, or the checkpoint that it went on from
-    found["pretrained_model/config.json"] = json.dumps(config)
     found["last"] = os.readlink(folder.parent / "last")
     found["metrics.jsonl"] = metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else ""
     return found
@@ -199,6 +200,8 @@ class World:
         out = root / "quickstart"
         pristine = {}
         for name in kept:
+            if name not in self._expected:
+                self.done_with(self.stage(name))
             source = self.root / "references" / name / "kept"
             shutil.copytree(source, out / "kept", dirs_exist_ok=True, symlinks=True)
             pristine[out] = self.root / "references" / name
