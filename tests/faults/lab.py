@@ -133,4 +133,5 @@ class Lab:
 
     def close(self) -> None:
         self.server.stdin.close()
-        self.server.wait(30)
+        self.server.stdout.close()
+        self.server.wait(60)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from craft_opt.bridge import run_guard
 from craft_opt.bridge.run_guard import locked
 from craft_opt.bridge.seals import SEAL_FILE, check_prefix, check_seal, prefix_note, seal
 from tests.faults.campaign import Campaign
@@ -93,11 +94,13 @@ def test_the_judge_sees_what_is_wrong(campaign):
 
 def test_a_lock_ends_with_its_process(tmp_path):
     file = tmp_path / "lock"
+    # The file by itself: importing the package imports torch, for seconds.
     script = (
-        "import sys, time; from pathlib import Path; from craft_opt.bridge.run_guard import locked\n"
-        "with locked(Path(sys.argv[1]), 'it'):\n    print('held', flush=True); time.sleep(60)"
+        "import runpy, sys, time; from pathlib import Path; locked = runpy.run_path(sys.argv[1])['locked']\n"
+        "with locked(Path(sys.argv[2]), 'it'):\n    print('held', flush=True); time.sleep(60)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", script, file], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", script, run_guard.__file__, file]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(BlockingIOError, match=rf"it is in use by another process \(number {holder.pid}"):
         locked(file, "it").__enter__()
