@@ -24,6 +24,7 @@ from craft_opt.bridge.anchor_frames import AnchorSource, FrameReader
 from craft_opt.bridge.anchor_manifest import (
     DTYPES,
     KINDS,
+    MANIFEST_FILE,
     STORAGES,
     AnchorManifest,
     SourceInfo,
@@ -31,7 +32,7 @@ from craft_opt.bridge.anchor_manifest import (
     sync_folder,
     write_atomically,
 )
-from craft_opt.bridge.anchor_shards import CHECKSUM_SUFFIX, ShardWriter, Teacher, dtype_name
+from craft_opt.bridge.anchor_shards import ShardWriter, Teacher, dtype_name
 from craft_opt.bridge.features import (
     DEFAULT_LAYERS,
     DEFAULT_POOLING,
@@ -115,9 +116,11 @@ class AnchorBuild:
             versions={name: version(name) for name in ("craft-opt", "lerobot", "torch", "transformers")},
         )
         manifest.write(folder)
-        for checksum in folder.glob(f"*{CHECKSUM_SUFFIX}"):
-            checksum.unlink()
-        (folder / _PLAN_FILE).unlink()
+        # The plan, the checksums, and what killed writes have left.
+        of_the_cache = {MANIFEST_FILE, *(shard.file for shard in held.shards)}
+        for path in folder.iterdir():
+            if path.name not in of_the_cache:
+                path.unlink()
         folder.rename(self.output)
         sync_folder(self.output.parent)
         logger.info("anchor cache %s: %d anchors of %d tasks", self.output, manifest.samples, len(manifest.tasks))

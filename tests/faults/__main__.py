@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import write_document
+from benchmarks.harness import commit, write_document
 from tests.faults.campaign import Campaign
-from tests.faults.judge import SILENT, UNCLEAR
+from tests.faults.judge import OUTCOMES, SILENT, UNCLEAR
 from tests.faults.lab import Lab
 from tests.faults.soak import soak
 from tests.faults.world import World
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the points of every part")
     parser.add_argument("--list", action="store_true", help="name the parts")
     parser.add_argument("--results", type=Path, help="folder of the results file; none without it")
+    parser.add_argument("--merge", type=Path, help="a results file whose other kinds are taken over")
     parser.add_argument("--keep", type=Path, help="folder to work in and to leave; a temporary one without it")
     arguments = parser.parse_args(argv)
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="craft-faults-"))
@@ -69,25 +72,27 @@ def main(argv: list[str] | None = None) -> int:
             f"soak: {long_run['steps']} steps, in parts as in one go; different: {long_run['different'] or 'nothing'}"
         )
     if arguments.results is not None:
-        counts: dict[str, dict[str, int]] = {}
+        about = {"commit": commit(), "date": datetime.date.today().isoformat()}
+        counts: dict[str, dict] = {}
         for o in campaign.outcomes:
-            of_kind = counts.setdefault(o.kind, {})
+            of_kind = counts.setdefault(o.kind, dict(about))
             of_kind[o.outcome] = of_kind.get(o.outcome, 0) + 1
-        totals: dict[str, int] = {}
-        for o in campaign.outcomes:
-            totals[o.outcome] = totals.get(o.outcome, 0) + 1
+        before = json.loads(arguments.merge.read_text()) if arguments.merge is not None else {}
+        by_kind = before.get("by_kind", {}) | counts
+        totals = {name: sum(of_kind.get(name, 0) for of_kind in by_kind.values()) for name in OUTCOMES}
+        options = [part for part in (argv if argv is not None else sys.argv[1:]) if "/" not in part]
+        options = [part for part in options if part not in ("--results", "--merge", "--keep")]
+        runs = [*before.get("runs", []), {"options": options, "minutes": round(seconds / 60, 1), **about}]
         file, _ = write_document(
             arguments.results,
             "faults",
-            " ".join(["python -m tests.faults", *(argv if argv is not None else sys.argv[1:])]).split(" --keep")[0],
-            faults=len(campaign.outcomes),
-            silent_wrong=sum(o.outcome == SILENT for o in campaign.outcomes),
-            unclear=sum(o.outcome == UNCLEAR for o in campaign.outcomes),
+            "python -m tests.faults",
+            faults=sum(totals.values()),
             totals=totals,
-            by_kind=counts,
-            points=campaign.points,
-            soak=long_run,
-            minutes=round(seconds / 60, 1),
+            by_kind=by_kind,
+            points=before.get("points", {}) | campaign.points,
+            soak=long_run or before.get("soak", {}),
+            runs=runs,
         )
         print(file)
     return int(bool(bad) or not flat)

@@ -14,6 +14,7 @@ import torch
 
 from craft_opt import CraftConfig
 from craft_opt.bridge import anchors_cli, cli, loop
+from craft_opt.bridge.anchor_manifest import write_atomically
 from craft_opt.bridge.anchors import AnchorSource, build_cache
 from craft_opt.bridge.quickstart import teacher
 from craft_opt.bridge.quickstart.measure import SkillScore, load_scores, save_scores
@@ -87,11 +88,11 @@ def small_quickstart(output: Path) -> Quickstart:
     return Quickstart(settings, CraftConfig(enabled=False), "none", output)
 
 
-def as_command(work: Callable[[], object]) -> int:
-    """What cli.main does around the quickstart."""
+def as_command(made: Quickstart, work: Callable[[], object]) -> int:
+    """What cli.main and Quickstart.run do around the stages."""
     with sigterm_as_interrupt():
         try:
-            with written_to(Path("the quickstart")):
+            with written_to(made.output):
                 work()
         except (ValueError, OSError) as error:
             return cli.report_error(error)
@@ -100,21 +101,21 @@ def as_command(work: Callable[[], object]) -> int:
 
 def demonstrations(arguments: Sequence[str]) -> int:
     made = small_quickstart(Path(arguments[0]))
-    return as_command(made._old_demonstrations)
+    return as_command(made, made._old_demonstrations)
 
 
 def demonstrations_locked(arguments: Sequence[str]) -> int:
     """The same as the whole quickstart holds its folder."""
     made = small_quickstart(Path(arguments[0]))
     made._run = made._old_demonstrations
-    return as_command(made.run)
+    return as_command(made, made.run)
 
 
 def teach(arguments: Sequence[str]) -> int:
     """The teacher from kept demonstrations, with a checkpoint after every step."""
     teacher.SAVE_EVERY = 1
     made = small_quickstart(Path(arguments[0]))
-    return as_command(lambda: made._teacher(made._old_demonstrations()))
+    return as_command(made, lambda: made._teacher(made._old_demonstrations()))
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -129,19 +130,20 @@ def report(arguments: Sequence[str]) -> int:
         metrics = folder / "training" / "metrics.jsonl"
         if not metrics.is_file():
             metrics.parent.mkdir(parents=True, exist_ok=True)
-            metrics.write_text("".join(json.dumps({"step": k, "loss": 1.0 / k}) + "\n" for k in range(1, 4)))
+            lines = [json.dumps({"step": k, "loss": 1.0 / k}) for k in range(1, 4)]
+            write_atomically(metrics, "".join(f"{line}\n" for line in lines))
         if not made._have(file):
             save_scores(file, scores)
         made._report(folder, load_scores(file), scores, 1.0)
 
-    return as_command(work)
+    return as_command(made, work)
 
 
 def prepare(arguments: Sequence[str]) -> int:
     """Everything that is kept, taken or made."""
     teacher.SAVE_EVERY = 1
     made = small_quickstart(Path(arguments[0]))
-    return as_command(made.prepare)
+    return as_command(made, made.prepare)
 
 
 # -- what is not finite ----------------------------------------------------------------------------------------------

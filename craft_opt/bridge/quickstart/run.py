@@ -335,9 +335,9 @@ class Quickstart:
             if not (folder / RESULT_FILE).exists():
                 return folder
         number = 1
-        while (folder := self.output / f"{self.name}-seed{self.settings.seed}-{number:03d}").exists():
+        while not _is_free(folder := self.output / f"{self.name}-seed{self.settings.seed}-{number:03d}"):
             number += 1
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / SETTINGS_FILE, self._text)
         return folder
 
@@ -374,6 +374,11 @@ class Quickstart:
 
     def _peak_memory(self) -> float:
         return max(self.peak_gib, _largest(resource.RUSAGE_SELF))
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing lies there, or only what a run leaves that was killed before its settings were written."""
+    return not folder.exists() or {path.name for path in folder.iterdir()} <= {f"{SETTINGS_FILE}.tmp"}
 
 
 def _largest(who: int) -> float:
