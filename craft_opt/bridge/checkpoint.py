@@ -39,7 +39,7 @@ _FORMAT = "craft-state-2"
 # Of before there were several caches: one position and one digest, every step one batch.
 _SINGLE_CACHE_FORMAT = "craft-state-1"
 _DUAL_NAMES = ("lam", "t", "skipped")
-_OTHER = "resume from another checkpoint"
+_OTHER = "resume from another checkpoint, or restore it from a copy"
 _STATE_TYPES: dict[str, Any] = {
     **dict.fromkeys(("t", "skipped", "accumulated"), int),
     "lam": float,
