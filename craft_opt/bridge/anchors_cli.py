@@ -107,10 +107,10 @@ def _add_build_flags(build: argparse.ArgumentParser) -> None:
     )
     add("--kind", default="hidden", choices=KINDS, help="what is cached: features, or what the teacher says of tokens")
     add("--storage", default="self_contained", choices=STORAGES, help="copy the frames, or refer to the datasets'")
-    add("--layers", type=_numbers, default=(-2, -1), help="for hidden: decoder layers, from 1, or from the last as -1")
-    add("--pooling", default="action_tokens", help="for hidden: where the features are taken")
+    add("--layers", type=_numbers, help="for hidden: decoder layers, from 1, or from the last as -1; unset is -2,-1")
+    add("--pooling", help="for hidden: where the features are taken; unset is action_tokens")
     add("--top-k", dest="top_k", type=int, help="for token_ce: most probable tokens kept a position; unset is 8")
-    add("--dtype", default="auto", help="of the stored features: auto, float32, bfloat16 or float16")
+    add("--dtype", default="auto", help="for hidden: of the features, auto, float32, bfloat16 or float16")
     add("--action-tokens", help="whose tokens are forced: demonstrated (unset, for hidden) or teacher (for token_ce)")
     add("--seed", type=int, default=0, help="seed of the selection")
     add("--shard-size", type=int, default=64, help="anchors per file")
@@ -209,14 +209,23 @@ def _truth(text: str) -> bool:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.strip("[]").split(","))
+    try:
+        return tuple(int(part) for part in text.strip("[]").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas between, such as -2,-1; got {text!r}") from None
 
 
 def _episodes(text: str) -> tuple[int, ...]:
     found: list[int] = []
-    for part in text.strip("[]").split(","):
-        first, separator, last = part.strip().partition("-")
-        found += range(int(first), int(last) + 1) if separator else [int(first)]
+    try:
+        for part in text.strip("[]").split(","):
+            first, separator, last = part.strip().partition("-")
+            run = range(int(first), int(last if separator else first) + 1)
+            if not run:
+                raise ValueError
+            found += run
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers and ranges, such as 0-9,12; got {text!r}") from None
     return tuple(dict.fromkeys(found))
 
 

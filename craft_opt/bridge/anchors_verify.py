@@ -65,12 +65,21 @@ def verify_cache(
         whole += f", and the frames of {names} that it refers to are the same as at the build"
     if policy_path is None:
         return whole
+    statistics = "dataset" if stats_source else "teacher"
+    if manifest.normalization_stats != statistics:
+        remedies = {
+            "dataset": "name the new skill's dataset with --stats.repo_id=<name>, and its folder with --stats.root",
+            "teacher": "drop --stats.repo_id and --stats.root",
+        }
+        raise ValueError(
+            f"{folder} was built with the {manifest.normalization_stats}'s normalisation statistics; "
+            f"{remedies[manifest.normalization_stats]}"
+        )
     config = read_policy_config(policy_path, tuple(policy_overrides))
     with remote_code(trust_remote_code):
         policy = _load(config)
     stats = stats_source.metadata().stats if stats_source else None
     preprocessor, _ = make_processors(config, stats=stats, trust_remote_code=trust_remote_code)
-    statistics = "dataset" if stats_source else "teacher"
     check_cache_fits(cache, policy, preprocessor, statistics, ExpectedFeatures(), is_teacher=True)
     with precision_context(config):
         drift = check_drift(_retention(cache, preprocessor, "kl" if manifest.top_k else "ce"), policy, config)

@@ -56,6 +56,7 @@ def read_policy_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Pre
         ValueError: It is damaged, or none of a policy.
     """
     check_policy_config(path)
+    _check_place(path)
     try:
         config = PreTrainedConfig.from_pretrained(path, cli_overrides=list(overrides))
     except (OSError, HTTPError) as error:
@@ -67,6 +68,14 @@ def read_policy_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Pre
         raise ValueError(f"--policy.path={path} has settings that its policy type has not: {brief(why)}") from error
     config.pretrained_path = Path(path)
     return config
+
+
+def _check_place(path: str | Path) -> None:
+    # Of what can be no name either, the hub's client would tell which characters a name may have.
+    if not Path(path).is_dir() and (Path(path).is_absolute() or str(path).startswith(".") or str(path).count("/") > 1):
+        raise FileNotFoundError(
+            f"--policy.path={path} does not exist; give the folder of a saved policy, or a name on the hub"
+        )
 
 
 def load_policy(

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from craft_opt.bridge import features
 from craft_opt.bridge.anchor_cache import AnchorBatch, AnchorCache, AnchorOrder
-from craft_opt.bridge.anchor_manifest import rebuild_hint
+from craft_opt.bridge.anchor_manifest import build_command, rebuild_hint
 from craft_opt.bridge.anchor_shards import process_anchors
 from craft_opt.bridge.features import (
     Features,
@@ -341,12 +342,13 @@ def _check_kind(cache: AnchorCache, config: CraftConfig) -> None:
     if manifest.kind != kind:
         raise ValueError(
             f"{cache.folder} is a {manifest.kind!r} cache, and craft.retention_mode is {kind!r}; pass "
-            f"--retention-mode {manifest.kind}, or {rebuild_hint(cache.folder)} --kind={kind}"
+            f"--retention-mode {manifest.kind}, or build another: {build_command(Path('<folder>'))} --kind={kind}"
         )
     if kind == "token_ce" and config.token_loss == "kl" and not manifest.top_k:
         raise ValueError(
             f"{cache.folder} holds the teacher's tokens without its probabilities (top_k 0), and craft.token_loss=kl "
-            f"needs them; pass --craft.token_loss=ce, or {rebuild_hint(cache.folder)} --kind=token_ce --top-k=8"
+            f"needs them; pass --craft.token_loss=ce, or build another: {build_command(Path('<folder>'))} "
+            f"--kind=token_ce --top-k=8"
         )
 
 

@@ -331,6 +331,8 @@ def test_a_cache_of_another_form_is_not_taken_for_the_one_asked_for(world, setti
         ({"num_samples": 4, "top_k": 3}, "--top-k=3 goes with --kind=token_ce"),
         ({"num_samples": 4, "kind": "token_ce", "top_k": 10_000}, "--top-k must lie between 0 and the vocabulary's"),
         ({"num_samples": 4, "kind": "token_ce", "top_k": -1}, "--top-k must lie between 0"),
+        ({"num_samples": 4, "kind": "token_ce", "layers": (-1,)}, "keeps no features: drop --layers, or build with"),
+        ({"num_samples": 4, "kind": "token_ce", "pooling": "none", "dtype": "float16"}, "drop --pooling, --dtype"),
         ({"num_samples": 4, "kind": "logits"}, "--kind must be one of hidden, token_ce, got 'logits'"),
         ({"num_samples": 4, "storage": "cloud"}, "--storage must be one of self_contained, reference, got 'cloud'"),
     ],
