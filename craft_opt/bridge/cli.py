@@ -8,8 +8,11 @@ against its configuration classes, so that a mistyped flag never trains.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
+import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from craft_opt.bridge.loop import TrainSummary
 
 EXIT_USER_ERROR = 2
+_TIME_TO_TELL = 10.0  # seconds
 RETENTION_CHOICES = ("hidden", "token_ce", "none")
 QUICKSTART_FLAGS = ("seed", "output_dir", "steps")
 # What makes a command line the real training and not the quickstart.
@@ -375,7 +379,7 @@ def _train(command: Command) -> int:
         return code
     except OSError as error:
         told = (str(error), remedy(error), how_to_go_on(run.cfg.output_dir))
-        return report_error(OSError("; ".join(filter(None, told))))
+        return report_error(OSError("; ".join(filter(None, told))), by_one=True)
     except KeyboardInterrupt:
         if is_main():
             print(how_to_go_on(run.cfg.output_dir), file=sys.stderr)
@@ -407,10 +411,18 @@ def arguments_of(command: Command) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def report_error(error: Exception) -> int:
-    """Say what is wrong, and what to do where the disk is at fault, and return the exit code for it."""
+def report_error(error: Exception, *, by_one: bool = False) -> int:
+    """Say what is wrong, and what to do where the disk is at fault, and return the exit code for it.
+
+    Of several processes the first one speaks for all, or, with ``by_one``, the one that it happened to.
+    """
     told = f"; {remedy(error)}, and give the same command again" if remedy(error) else ""
-    if not is_main():
-        return EXIT_USER_ERROR  # one process tells what all of them found
-    print(f"error: {error}{told}", file=sys.stderr)
+    if is_main():
+        print(f"error: {error}{told}", file=sys.stderr)
+    elif by_one:
+        print(f"error in process {os.environ['RANK']}: {error}{told}", file=sys.stderr)
+    else:
+        # A launcher ends the others as soon as one is gone: the first one must have spoken before.
+        with suppress(KeyboardInterrupt):
+            time.sleep(_TIME_TO_TELL)
     return EXIT_USER_ERROR
