@@ -96,8 +96,8 @@ class CraftState:
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} is missing, so λ, ε's clock and the order of anchors are lost: this is no checkpoint of "
-                f"CRaFT's train.py, or not a whole one; resume from another, or start a fresh run from its weights "
-                f"with --policy.path=<checkpoint>/pretrained_model"
+                f"CRaFT's train.py, or not a whole one; resume from another, restore it from a copy, or start a fresh "
+                f"run from its weights with --policy.path=<checkpoint>/pretrained_model"
             )
         check_header(file, _OTHER)
         if (size := file.stat().st_size) > MAX_JSON_BYTES:
