@@ -314,6 +314,8 @@ class Quickstart:
         if path.exists():
             say(f"  kept from an earlier run: {path}")
             check_seal(path, f"delete {path}, and the same command makes it again")
+            for left in (".partial", ".copy"):  # by a run that was killed while it tidied up
+                shutil.rmtree(path.with_name(path.name + left), ignore_errors=True)
         return path.exists()
 
     def finished(self) -> Path | None:
