@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, help="folder to work in and to leave; a temporary one without it")
     arguments = parser.parse_args(argv)
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="craft-faults-"))
+    # Before the program is loaded: what others commit while it runs is not what it runs.
+    about = {"commit": commit(), "date": datetime.date.today().isoformat()}
     began = time.monotonic()
     lab = Lab(root / "lab")
     try:
@@ -72,7 +74,6 @@ def main(argv: list[str] | None = None) -> int:
             f"soak: {long_run['steps']} steps, in parts as in one go; different: {long_run['different'] or 'nothing'}"
         )
     if arguments.results is not None:
-        about = {"commit": commit(), "date": datetime.date.today().isoformat()}
         counts: dict[str, dict] = {}
         for o in campaign.outcomes:
             of_kind = counts.setdefault(o.kind, dict(about))
