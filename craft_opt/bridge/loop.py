@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from httpx import HTTPError
 from lerobot.common.train_utils import (
     get_step_checkpoint_dir,
@@ -35,7 +34,7 @@ from lerobot.utils.collate import lerobot_collate_fn
 from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
 from lerobot.utils.io_utils import load_json
 from lerobot.utils.random_utils import get_rng_state, set_rng_state, set_seed
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from craft_opt.bridge import checkpoint
@@ -547,8 +546,7 @@ def _task_batches(run: Run) -> Iterator[dict[str, Any]]:
     order: dict[str, Any] = {"batch_size": cfg.batch_size, "sampler": sampler}
     if sampler is not None and run.ranks.count > 1:
         # Together the processes take what one with their batches in a row would take.
-        batches = BatchSampler(sampler, cfg.batch_size, drop_last=False)
-        order = {"batch_sampler": BatchSamplerShard(batches, run.ranks.count, run.ranks.rank)}
+        order = {"batch_sampler": run.ranks.shares(sampler, cfg.batch_size)}
     loader = DataLoader(
         kept,
         **order,
@@ -562,7 +560,9 @@ def _task_batches(run: Run) -> Iterator[dict[str, Any]]:
     )
     epoch = sampler.state_dict()["epoch"] if sampler is not None else 0
     while True:
-        generator.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+        # Of the process too: the workers' augmentations shall not be the same everywhere.
+        entropy = np.random.SeedSequence([seed, epoch, run.ranks.rank])
+        generator.manual_seed(int(entropy.generate_state(1)[0]))
         for batch in loader:
             yield _as_floats(batch, dataset)
         epoch += 1

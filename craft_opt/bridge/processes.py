@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import cycle, islice
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 
 from craft_opt import CraftOptimizer
 
 T = TypeVar("T")
 
 _INSIDE = "run_inside_forward"
+# The others wait while the first process evaluates or pushes. NCCL's ten minutes end a run in its first evaluation; a
+# process that dies is noticed by the launcher, not by this.
+_PATIENCE = timedelta(hours=6)
 
 
 def world_size() -> int:
@@ -36,10 +42,11 @@ def is_main() -> bool:
 
 
 def refuse_other_engines() -> None:
-    """Refuse what accelerate can do and CRaFT's step cannot.
+    """Refuse what accelerate can do and CRaFT's step cannot, and settings of the launcher that nothing would read.
 
     Raises:
-        ValueError: DeepSpeed, Megatron, tensor or context parallelism, or FSDP's first version is asked for.
+        ValueError: DeepSpeed, Megatron, tensor or context parallelism, FSDP's first version, fp16, fp8, accelerate's
+            accumulation or its compilation is asked for.
     """
     chosen = {name: os.environ.get(name, "").lower() for name in _ENGINES}
     for name, words in _ENGINES.items():
@@ -53,12 +60,30 @@ def refuse_other_engines() -> None:
             f"FSDP version {os.environ.get('FSDP_VERSION', '1')} is not supported: its flat shards hide what belongs "
             f"to which parameter; pass --fsdp_version 2 to accelerate launch"
         )
+    for name, (allowed, remedy) in _SETTINGS.items():
+        if os.environ.get(name, allowed[0]).lower() not in allowed:
+            raise ValueError(f"{name}={os.environ[name]} is not supported in several processes: {remedy}")
 
 
 _ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism config (tensor, context or pipeline parallelism)",
+}
+# Variable → values that mean something here, and what to do instead of others.
+_SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": (
+        ("no", "bf16"),
+        "gradients would be neither scaled nor unscaled; pass --mixed_precision bf16 to accelerate launch",
+    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        ("1", ""),
+        "accelerate does not run the steps; pass --gradient_accumulation_steps to train.py",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": (
+        ("no", ""),
+        "the retention loss would be computed beside it; pass --policy.compile_model=true to train.py",
+    ),
 }
 
 
@@ -90,13 +115,16 @@ class Ranks:
             return ALONE
         refuse_other_engines()
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         accelerator = Accelerator(
             step_scheduler_with_optimizer=False,
             fsdp_plugin=_fsdp_plugin(),
             # As LeRobot: not every parameter is reached by every batch (an absent camera's, a value head's).
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=_PATIENCE),
+            ],
             cpu=device == "cpu",
         )
         return cls(accelerator.process_index, accelerator.num_processes, accelerator)
@@ -133,8 +161,18 @@ class Ranks:
         return inner
 
     def inside_forward(self, policy: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute a scalar loss on parts of the policy; under FSDP2 with the root's hooks around it, which gather."""
-        return getattr(policy, _INSIDE)(compute) if self.sharded else compute()
+        """Compute a scalar loss on parts of the policy with what its forward has: FSDP2's hooks, or autocast."""
+        if self.accelerator is None:
+            return compute()
+        if self.sharded:
+            gathered: Tensor = getattr(policy, _INSIDE)(compute)
+            return gathered
+        with self.accelerator.autocast():
+            return compute()
+
+    def shares(self, order: Iterable[int], batch_size: int) -> Shares:
+        """This process' part of the batches that all of them take together."""
+        return Shares(order, batch_size, self.rank, self.count)
 
     def quietly(self, policy: nn.Module, is_last: bool) -> Any:
         """A context in which backward passes do not average yet: for all micro-batches but the last."""
@@ -178,6 +216,26 @@ class Ranks:
         """Leave the process group."""
         if self.accelerator is not None:
             self.accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Batches of one process: the ``rank``-th part of every ``count * batch_size`` samples in a row.
+
+    A rest at the end of an epoch is filled up with its own samples, over and over. accelerate's ``BatchSamplerShard``
+    fills up with the first samples that it saw, which after a resume are others than without.
+    """
+
+    order: Iterable[int]
+    batch_size: int
+    rank: int
+    count: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """One epoch."""
+        size, first = self.count * self.batch_size, self.rank * self.batch_size
+        for together in BatchSampler(self.order, size, drop_last=False):
+            yield list(islice(cycle(together), first, first + self.batch_size))
 
 
 ALONE = Ranks()
