@@ -159,7 +159,7 @@ def test_an_error_of_one_process_ends_all_of_them(two):
 
 
 def test_another_global_batch_is_refused_on_resume(alone, folder):
-    with pytest.raises(ValueError, match=r"--batch_size=4 in 1 processes, got --batch_size=3 in 1.*--batch_size=4"):
+    with pytest.raises(ValueError, match=r"--batch_size=4, got --batch_size=3;.* resume with --batch_size=4"):
         cases.resumed(0, 1, folder, source=folder / "one hidden", step="000003", flags=["--batch_size=3"])
 
 
