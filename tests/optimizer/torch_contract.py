@@ -18,6 +18,8 @@ def torch_testing():
     """torch's optimizer tests' own inputs; imported late, because that takes most of ten seconds."""
     from torch.testing._internal import common_optimizers
 
+    # The import freezes the flags of torch.backends for the whole process, and a training run sets some.
+    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # noqa: B010
     return common_optimizers
 
 
