@@ -19,7 +19,7 @@ def torch_testing():
     from torch.testing._internal import common_optimizers
 
     # The import freezes the flags of torch.backends for the whole process, and a training run sets some.
-    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # noqa: B010
+    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
     return common_optimizers
 
 
