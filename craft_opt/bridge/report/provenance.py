@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "numba", "lerobot", "transformers", "metaworld", "mujoco")
+PACKAGES = ("torch", "triton", "numba", "lerobot", "transformers", "metaworld", "mujoco")
 
 
-def machine(packages: tuple[str, ...] = _PACKAGES) -> dict[str, Any]:
+def machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """Name the machine: kind, processor, accelerator, versions of packages (None for one that is not there)."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     kind = "cloud VM" if " hypervisor" in flags else "machine"
