@@ -165,6 +165,17 @@ def test_seeds_are_resampled_too():
     assert percentile_interval(bootstrap.values(bootstrap.resample(found), metrics.average_success)) == (0.0, 1.0)
 
 
+def test_skills_and_seeds_are_drawn_apart():
+    """Two skills and two seeds with the same outcomes are no less than four samples: half the spread of one."""
+    found = np.tile(outcomes([[0.5], [0.5]], seeds=1, rollouts=400), (2, 1, 2, 1))
+    bootstrap = PairedBootstrap(2, 2, 400)
+    drawn = bootstrap.resample(found)[:, :, -1]
+    spread = np.sqrt(0.25 / 400)
+    # 2000 resamples know a standard deviation to 1.6 %.
+    assert drawn[:, 0, 0].std() == pytest.approx(spread, rel=0.1)
+    assert drawn.mean(axis=(1, 2)).std() == pytest.approx(spread / 2, rel=0.1)
+
+
 def test_resamples_are_the_same_every_time_and_means_of_outcomes():
     found = outcomes([[0.5, 0.1], [0.4, 0.8]], rollouts=7)
     first, second = (PairedBootstrap(3, 2, 7).resample(found) for _ in range(2))

@@ -243,10 +243,9 @@ class _Display:
         self._bar = tqdm(
             total=sum(self._parts.values()),
             initial=self._share(),
-            desc="Benchmark",
             disable=not self._show,
             smoothing=0,  # the pace since the start of this command
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix} [{elapsed} so far, {remaining} left]",
+            bar_format="{desc} {percentage:3.0f}% |{bar}| [{elapsed} so far, {remaining} left]",
         )
         self.update()
         return self
@@ -261,7 +260,7 @@ class _Display:
     def update(self) -> None:
         """Read every part's progress and draw."""
         finished = sum(_is_finished(self._output, cell) for cell in self._cells)
-        self._bar.set_postfix_str(f"{finished} of {len(self._cells)} cells", refresh=False)
+        self._bar.set_description_str(f"Benchmark: {finished} of {len(self._cells)} cells", refresh=False)
         self._bar.n = min(self._share(), self._bar.total)
         self._bar.refresh()
 
