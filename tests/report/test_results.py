@@ -208,13 +208,27 @@ def test_the_list_of_cells_grows_and_the_latest_of_a_kind_counts(tmp_path):
     with pytest.raises(FileNotFoundError, match="craft-report run --suite S"):
         read_matrix(tmp_path)
     remember(tmp_path, cells_of("S", ["naive"], [20], [0]), "first")
-    remember(tmp_path, cells_of("S", ["naive", "hidden"], [20], [0], sizes={"steps": 7}), "second")
-    remember(tmp_path, cells_of("S", ["hidden"], [20], [0], sizes={"steps": 7}), "second")
+    tuned = {"settings": lambda method, budget: {"lr": 1e-4}}
+    remember(tmp_path, cells_of("S", ["naive", "hidden"], [20], [0], **tuned), "second")
+    remember(tmp_path, cells_of("S", ["hidden"], [20], [0], **tuned), "second")
     found = read_matrix(tmp_path)
     assert found["commands"] == ["first", "second"]
     assert [entry["key"] for entry in found["cells"]] == [["S", "naive", 0, 0], ["S", "hidden", 20, 0]]
-    assert all(entry["cell"]["sizes"] == {"steps": 7} for entry in found["cells"])
+    assert all(entry["cell"]["settings"] == {"lr": 1e-4} for entry in found["cells"])
     assert finished(tmp_path) == []
+
+
+def test_cells_of_other_sizes_are_not_compared(tmp_path):
+    remember(tmp_path, cells_of("S", ["naive"], [20], [0], sizes={"steps": 400}), "first")
+    before = read_matrix(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"suite S with \{'steps': 400, 'curve': 1\}, and this run has \{'steps': 1000"
+    ):
+        remember(tmp_path, cells_of("S", ["hidden"], [20], [0], sizes={"steps": 1000}), "second")
+    with pytest.raises(ValueError, match="take another --output, or the same sizes"):
+        remember(tmp_path, cells_of("S", ["hidden"], [20], [0], sizes={"steps": 400}, curve=3), "second")
+    assert read_matrix(tmp_path) == before
+    remember(tmp_path, cells_of("D", ["hidden"], [20], [0], sizes={"steps": 1000}), "another suite")
 
 
 SIZE_FLAGS = ["--rollouts", str(ROLLOUTS)]

@@ -108,6 +108,7 @@ def success_by_storage(file: Path, groups: Sequence[Group], title: str) -> None:
             label=name,
         )
     axis.set_xscale("symlog", linthresh=0.1)
+    axis.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axis.set(title=title, xlabel="stored beside the policy, MB", ylabel="success on old skills at the end")
     axis.set(ylim=(-0.03, 1.03), xlim=(-0.01, None))
     axis.grid(color="0.9")

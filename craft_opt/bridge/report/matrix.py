@@ -128,16 +128,32 @@ def remember(output: Path, cells: Sequence[Cell], command: str) -> None:
         output: Folder of the benchmark.
         cells: The cells.
         command: What was typed.
+
+    Raises:
+        ValueError: The folder holds cells of the same suite with other sizes: one table must not compare the two.
     """
     file = output / MATRIX_FILE
     listed = {tuple(entry["key"]): entry for entry in read_matrix(output)["cells"]} if file.exists() else {}
     commands = read_matrix(output)["commands"] if file.exists() else []
+    for entry in listed.values():
+        there = Cell(**entry["cell"])
+        other = next((c for c in cells if c.suite == there.suite and _shape(c) != _shape(there)), None)
+        if other is not None:
+            raise ValueError(
+                f"{output} holds cells of suite {there.suite} with {_shape(there)}, and this run has {_shape(other)}; "
+                f"take another --output, or the same sizes"
+            )
     for cell in cells:
         listed[cell.key] = {"key": list(cell.key), "cell": asdict(cell)}
     if command not in commands:
         commands.append(command)
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps({"commands": commands, "cells": list(listed.values())}, indent=1))
+
+
+def _shape(cell: Cell) -> dict[str, Any]:
+    """What cells must have in common to be compared."""
+    return {**cell.sizes, "curve": cell.curve}
 
 
 def read_matrix(output: Path) -> dict[str, Any]:
