@@ -25,7 +25,11 @@ from craft_opt.bridge.report.results import groups_of, summary_row
 from craft_opt.bridge.report.suites import FAUCET_OPEN, HANDLE_PRESS, SUITES, Suite
 from tests.support.asserts import assert_same_bits
 
-pytestmark = pytest.mark.slow  # a minute for what the cells share; test_stages.py has what needs none of it
+# A minute for what the cells share; test_stages.py has what needs none of it.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+]  # a minute for what the cells share; test_stages.py has what needs none of it
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"episodes": 1, "held_out_episodes": 1, "teacher_steps": 2, "steps": 4, "rollouts": 2, "batch_size": 4}
@@ -215,50 +219,52 @@ FLAGS = [
 ]
 
 
-def command(*arguments):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+def start(console, *arguments):
+    """The command in a process of its own; its console in a file, because a pipe that nobody reads would stop it."""
     return subprocess.Popen(
         [sys.executable, "-m", "craft_opt.bridge.report", *arguments],
         cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=console.open("w"),
+        stderr=subprocess.STDOUT,
     )
 
 
+def command(console, *arguments):
+    assert start(console, *arguments).wait(timeout=3000) == 0, console.read_text()[-3000:]
+    return console.read_text()
+
+
+@pytest.mark.timeout(7200)
 def test_a_killed_benchmark_goes_on(tmp_path):
     """The command itself with two workers, killed after its first cell, started again, shown again."""
     flags = ["run", "--suite", "S", "--methods", "naive", "replay", "hidden", "agem", "--seeds", "0", *FLAGS]
-    flags += ["--jobs", "2", "--output", str(tmp_path)]
-    process = command(*flags)
-    deadline = time.monotonic() + 400
-    while not list(tmp_path.glob("cells/S/*/result.json")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no cell was finished"
-        time.sleep(0.2)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/S/*/result.json")}
+    output = tmp_path / "out"
+    flags += ["--jobs", "2", "--output", str(output)]
+    process = start(tmp_path / "first.txt", *flags)
+    try:
+        deadline = time.monotonic() + 3000
+        while not list(output.glob("cells/S/*/result.json")):
+            assert process.poll() is None, (tmp_path / "first.txt").read_text()[-3000:]
+            assert time.monotonic() < deadline, "no cell was finished"
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    first = {path: path.stat().st_mtime_ns for path in output.glob("cells/S/*/result.json")}
     assert 0 < len(first) < 4
-    shared = times(tmp_path / "kept")
+    shared = times(output / "kept")
 
-    again = command(*flags)
-    out, err = again.communicate(timeout=500)
-    assert again.returncode == 0, err[-3000:]
-    results = list(tmp_path.glob("cells/S/*/result.json"))
-    assert len(results) == 4
+    shown = command(tmp_path / "second.txt", *flags)
+    assert len(list(output.glob("cells/S/*/result.json"))) == 4
     assert {path: path.stat().st_mtime_ns for path in first} == first, "no finished cell was run again"
-    assert {path: stamp for path, stamp in times(tmp_path / "kept").items() if path in shared} == shared
-    assert "4 of 4 cells" in err and "left]" in err
-    assert "| hidden |" in out
-    report = (tmp_path / "report.html").read_bytes()
-    show = command("show", str(tmp_path))
-    show.communicate(timeout=200)
-    assert show.returncode == 0
-    assert (tmp_path / "report.html").read_bytes() == report
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+    assert {path: stamp for path, stamp in times(output / "kept").items() if path in shared} == shared
+    assert "Benchmark: 4 of 4 cells 100%" in shown and "left]" in shown
+    assert "| hidden |" in shown
+    report = (output / "report.html").read_bytes()
+    command(tmp_path / "third.txt", "show", str(output))
+    assert (output / "report.html").read_bytes() == report
+    assert len((output / "results.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("name", ["L", "D"])
@@ -275,9 +281,7 @@ def test_the_other_suites_run(name, tmp_path):
 
 def test_a_tuning_runs(tmp_path):
     flags = ["tune", "--suite", "S", "--methods", "retain", "--tries", "2", "--jobs", "1", *FLAGS]
-    process = command(*flags, "--output", str(tmp_path))
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err[-3000:]
-    document = json.loads((tmp_path / "tuning.json").read_text())
+    shown = command(tmp_path / "console.txt", *flags, "--output", str(tmp_path / "out"))
+    document = json.loads((tmp_path / "out" / "tuning.json").read_text())
     assert len(document["trials"]) == 2 and document["seeds"] == [1000]
-    assert "S retain b0: " in out
+    assert "S retain b0: " in shown

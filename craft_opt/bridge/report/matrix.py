@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from craft_opt.bridge import shorten_codec_warning
 from craft_opt.bridge.anchor_manifest import write_atomically
 from craft_opt.bridge.quickstart.simulation import end_with_parent
 from craft_opt.bridge.report.cell import PROGRESS_FILE, RESULT_FILE, Cell, prepare_seed, run_cell
@@ -203,9 +204,14 @@ def _executor(jobs: int) -> Executor:
     return ProcessPoolExecutor(
         jobs,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=end_with_parent,
+        initializer=_begin,
         max_tasks_per_child=CELLS_OF_A_WORKER,
     )
+
+
+def _begin() -> None:
+    end_with_parent()
+    shorten_codec_warning()
 
 
 def _prepare(output: Path, folder: Path, cells: Sequence[Cell]) -> str:
