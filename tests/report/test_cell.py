@@ -27,9 +27,6 @@ from tests.support.asserts import assert_same_bits
 
 # A minute for what the cells share; test_stages.py has what needs none of it.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]  # a minute for what the cells share; test_stages.py has what needs none of it
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"episodes": 1, "held_out_episodes": 1, "teacher_steps": 2, "steps": 4, "rollouts": 2, "batch_size": 4}
