@@ -218,13 +218,14 @@ FLAGS = [
 
 def start(console, *arguments):
     """The command in a process of its own; its console in a file, because a pipe that nobody reads would stop it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "craft_opt.bridge.report", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stdout=console.open("w"),
-        stderr=subprocess.STDOUT,
-    )
+    with console.open("w") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", "craft_opt.bridge.report", *arguments],
+            cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def command(console, *arguments):
