@@ -80,14 +80,13 @@ def run_matrix(output: Path, cells: Sequence[Cell], jobs: int, *, show: bool = T
     """
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.suite, cell.seed), []).append(cell)
+        if not _is_finished(output, cell):
+            groups.setdefault((cell.suite, cell.seed), []).append(cell)
     display = _Display(output, cells, groups, show=show)
     failed: list[str] = []
     with _executor(jobs) as pool, display:
         waiting: dict[Future[Any], tuple[str, Path, list[Cell]]] = {}
         for (suite, seed), members in groups.items():
-            if all(_is_finished(output, cell) for cell in members):
-                continue
             folder = preparation_folder(output, suite, seed)
             future = pool.submit(_prepare, output, folder, members)
             waiting[future] = (f"{suite} seed {seed}: data, teacher, anchors", folder, members)
@@ -100,8 +99,7 @@ def run_matrix(output: Path, cells: Sequence[Cell], jobs: int, *, show: bool = T
                     continue
                 display.say(f"{label}: {future.result()}")
                 for cell in members:
-                    if not _is_finished(output, cell):
-                        waiting[pool.submit(_run, output, cell)] = (cell.label, cell.folder(output), [])
+                    waiting[pool.submit(_run, output, cell)] = (cell.label, cell.folder(output), [])
             display.update()
     if failed:
         raise CellsFailedError(
