@@ -237,6 +237,7 @@ def train_mode(mode: str, size: Size, work: Path, options: argparse.Namespace) -
             log_freq=1,
             save_checkpoint=False,
             seed=0,
+            trust_remote_code=True,
         )
     )
     clock, records = Clock(size.device), []
@@ -270,6 +271,7 @@ def measure(size: Size, work: Path, options: argparse.Namespace) -> dict[str, An
     parameters = write_policy(work / "policy", old, size)
     gc.collect()
     common = {"num_samples": options.anchors, "batch_size": options.anchor_batch_size, "progress": False}
+    common["trust_remote_code"] = True  # the FAST processor that write_tokenizers() put there
     for kind in [mode for mode in options.modes if mode != "none"]:
         overrides = [f"--device={size.device}"]
         source = AnchorSource("local/synthetic", work / "old")

@@ -423,6 +423,10 @@ class SurgeryBuffers:
         def grads() -> dict[torch.dtype, Tensor]:
             return {dtype: new(numel, dtype=dtype) for dtype, numel in plan.grad_numel.items()}
 
+        # Never torch's default dtype: the kernels write fp32 through addresses, whatever set_default_dtype() says.
+        def moments() -> Tensor:
+            return new(plan.moment_numel, dtype=torch.float32)
+
         step_in = new(len(STEP_IN_NAMES), dtype=torch.float64)
         step_in[1] = step_in[4] = 1.0
         dual = new(len(DUAL_NAMES), dtype=torch.float64)
@@ -430,10 +434,10 @@ class SurgeryBuffers:
         return cls(
             grads_task=grads() if task else {},
             grads_ret=grads() if retention else {},
-            m=new(plan.moment_numel),
-            v=new(plan.moment_numel),
-            vmax=new(plan.moment_numel) if amsgrad else None,
-            steps=new(plan.n_segments),
+            m=moments(),
+            v=moments(),
+            vmax=moments() if amsgrad else None,
+            steps=new(plan.n_segments, dtype=torch.float32),
             step_in=step_in,
             dual=dual,
             settings=new(SETTINGS_SIZE, dtype=torch.float64),

@@ -9,6 +9,7 @@ teacher's features, or what it says of the tokens. Nothing is loaded that was no
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from craft_opt.bridge.anchor_manifest import (
+    EPISODE,
     FEATURE_MASK,
     FEATURE_PREFIX,
+    FRAME_IN_EPISODE,
+    IDENTITY,
     IMAGE_PREFIX,
     SOURCE,
     SOURCE_FRAME,
@@ -39,6 +43,9 @@ from craft_opt.bridge.anchor_manifest import (
     rebuild_hint,
     sha256_of_file,
 )
+from craft_opt.bridge.untrusted import MAX_HEADER_BYTES, brief, check_header, check_inside, shown
+
+_IDENTITY_BYTES = 32  # of a SHA-256
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,10 @@ class AnchorCache:
         manifest = AnchorManifest.read(folder)
         for shard in manifest.shards:
             check_shard(folder, shard, manifest)
-        return cls(folder, manifest)
+        check_forms(folder, manifest)
+        cache = cls(folder, manifest)
+        cache._check_numbers()
+        return cache
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -167,6 +177,18 @@ class AnchorCache:
             return self._frames.task_texts(self.column(SOURCE).tolist(), self.column(SOURCE_FRAME).tolist())
         return [self.manifest.tasks[index] for index in self.column(TASK).tolist()]
 
+    def _check_numbers(self) -> None:
+        """Refuse anchors that point beyond what they point into: Python would take -1 for the last."""
+        limits = {TASK: len(self.manifest.tasks), SOURCE: len(self.manifest.sources), SOURCE_FRAME: None, TOKENS: None}
+        for name in limits.keys() & self.manifest.tensors.keys():
+            for shard, part in zip(self.manifest.shards, self.parts(name), strict=True):
+                low, high = int(part.min()), int(part.max())
+                if low < 0 or high >= (limits[name] or high + 1):
+                    raise ValueError(
+                        f"{self.folder / shard.file} has {name} {low} to {high} of {limits[name] or 'any number'}; "
+                        f"{rebuild_hint(self.folder)}"
+                    )
+
     def _row(self, name: str, index: int) -> Tensor:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[shard]) - self.manifest.shards[shard].samples
@@ -179,18 +201,21 @@ class AnchorOrder:
     Args:
         samples: Number of anchors.
         seed: Seed of the permutations.
-        position: Anchors drawn so far.
+        position: Anchors drawn so far, by all processes.
+        rank: Number of this process among those that draw together.
+        processes: How many those are.
     """
 
-    def __init__(self, samples: int, seed: int, position: int = 0) -> None:
+    def __init__(self, samples: int, seed: int, position: int = 0, *, rank: int = 0, processes: int = 1) -> None:
         self.samples, self.seed, self.position = samples, seed, position
+        self.rank, self.processes = rank, processes
         self._epoch = -1
         self._permutation: list[int] = []
 
     def draw(self, count: int) -> list[int]:
-        """Numbers of the next ``count`` anchors."""
+        """Numbers of this process' next ``count`` anchors; the other processes take theirs beside them."""
         drawn = []
-        for _ in range(count):
+        for _ in range(count * self.processes):
             epoch, offset = divmod(self.position, self.samples)
             if epoch != self._epoch:
                 # Its own generator: the order depends on no other use of randomness, and a resumed run finds it again.
@@ -200,7 +225,7 @@ class AnchorOrder:
                 self._epoch = epoch
             drawn.append(self._permutation[offset])
             self.position += 1
-        return drawn
+        return drawn[self.rank * count : (self.rank + 1) * count]
 
 
 def check_shard(folder: Path, shard: ShardInfo, manifest: AnchorManifest) -> None:
@@ -213,6 +238,7 @@ def check_shard(folder: Path, shard: ShardInfo, manifest: AnchorManifest) -> Non
     file = folder / shard.file
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing from the anchor cache; {rebuild_hint(folder)}")
+    check_inside(folder, file, rebuild_hint(folder))
     if (found := file.stat().st_size) != shard.bytes:
         raise ValueError(
             f"{file} is truncated or changed: {found} bytes instead of {shard.bytes}; {rebuild_hint(folder)}"
@@ -224,8 +250,12 @@ def check_shard(folder: Path, shard: ShardInfo, manifest: AnchorManifest) -> Non
         raise ValueError(
             f"{file} has {found} bytes, and the shapes that the manifest declares need {needed}; {rebuild_hint(folder)}"
         )
+    # A file with holes takes no room, however long it is: its checksum would take days.
+    if found > needed + MAX_HEADER_BYTES or found > shutil.disk_usage(folder).total:
+        raise ValueError(f"{file} has {found} bytes, and its anchors take {needed}; {rebuild_hint(folder)}")
     if sha256_of_file(file) != shard.sha256:
         raise ValueError(f"{file} is damaged: its checksum differs from the manifest's; {rebuild_hint(folder)}")
+    check_header(file, rebuild_hint(folder))
     try:
         with safe_open(file, framework="pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
@@ -234,9 +264,42 @@ def check_shard(folder: Path, shard: ShardInfo, manifest: AnchorManifest) -> Non
                 for name, part in slices.items()
             }
     except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file ({error}); {rebuild_hint(folder)}") from error
+        raise ValueError(f"{file} is no safetensors file ({brief(error)}); {rebuild_hint(folder)}") from error
     if holds != expected:
-        raise ValueError(f"{file} holds {holds} instead of {expected}; {rebuild_hint(folder)}")
+        raise ValueError(f"{file} holds {brief(holds)} instead of {brief(expected)}; {rebuild_hint(folder)}")
+
+
+def check_forms(folder: Path, manifest: AnchorManifest) -> None:
+    """Check that every tensor has the dtype and the dimensions that its use needs.
+
+    Raises:
+        ValueError: One has not.
+    """
+    tokens = manifest.tensors[TOKENS].shape
+    mask = manifest.tensors[FEATURE_MASK].shape if FEATURE_MASK in manifest.tensors else []
+    top = [*tokens, manifest.top_k]
+    forms: dict[str, tuple[str, list[int | None]]] = {
+        TOKENS: ("int32", [None]),
+        TOKEN_MASK: ("bool", [*tokens]),
+        **dict.fromkeys((SOURCE, TASK), ("int32", [])),
+        **dict.fromkeys((SOURCE_FRAME, EPISODE, FRAME_IN_EPISODE), ("int64", [])),
+        IDENTITY: ("uint8", [_IDENTITY_BYTES]),
+        STATE: ("float32", [None]),
+        TEACHER_CE: ("float32", []),
+        TOP_IDS: ("int32", [*top]),
+        TOP_LOGPROBS: ("float32", [*top]),
+        FEATURE_MASK: ("bool", [None] * min(len(mask), 1)),
+        **dict.fromkeys((f"{FEATURE_PREFIX}{k}" for k in manifest.layers), (manifest.feature_dtype, [*mask, None])),
+        **dict.fromkeys((f"{IMAGE_PREFIX}{key}" for key in manifest.cameras), ("uint8", [None, None, None])),
+    }
+    for name in forms.keys() & manifest.tensors.keys():
+        info, (dtype, wanted) = manifest.tensors[name], forms[name]
+        sizes = [size if size is not None else found for size, found in zip(wanted, info.shape, strict=False)]
+        if (info.dtype, info.shape) != (dtype, sizes) or len(info.shape) != len(wanted):
+            raise ValueError(
+                f"{folder} has {name} as {info.dtype} {shown(info.shape)}, and {manifest.kind} anchors need {dtype} "
+                f"{['any' if size is None else size for size in wanted]}; {rebuild_hint(folder)}"
+            )
 
 
 def _with_prefix(rows: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

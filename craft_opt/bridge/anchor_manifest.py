@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from craft_opt.bridge.untrusted import check_inside, is_plain_name, read_json, shown, typed
 
 FORMAT = "craft-anchor-cache"
 VERSION = 2
@@ -45,6 +48,15 @@ STORED_DTYPES = {
     "I64": "int64",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Every file is mapped, and Linux maps 65,530 of them for one process.
+MAX_SHARDS = 60_000
+_MAX_DIMENSIONS = 8
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# What the hub takes for a name; LeRobot makes a folder of it below its own.
+_REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# What a shell takes as it is: the command in an error is there to be copied.
+_PLAIN_ARGUMENT = re.compile(r"[\w./@:+-]{1,200}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -174,59 +186,87 @@ class AnchorManifest:
         file = folder / MANIFEST_FILE
         if not file.is_file():
             raise FileNotFoundError(_missing(folder))
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is damaged ({error}); {rebuild_hint(folder)}") from error
+        check_inside(folder, file, rebuild_hint(folder))
+        content = read_json(file, rebuild_hint(folder))
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f"{file} is no manifest of an anchor cache; {rebuild_hint(folder)}")
-        if (version := content.pop("version", None)) != VERSION:
+        version = content.pop("version", None)
+        if type(version) is not int or version != VERSION:
             raise ValueError(
-                f"{file} has format version {version!r}, and this program reads version {VERSION}; "
+                f"{file} has format version {shown(version)}, and this program reads version {VERSION}; "
                 f"{rebuild_hint(folder, content)}"
             )
-        expected = content.pop("manifest_sha256", None)
-        if _sha256_of_json(content) != expected or content.keys() != {field.name for field in fields(cls)}:
+        if content.pop("manifest_sha256", None) != _sha256_of_json(content):
             raise ValueError(f"{file} was changed after it was written: its checksum differs; {rebuild_hint(folder)}")
         try:
-            manifest = cls._parsed(content)
+            manifest: AnchorManifest = typed(content, cls, "it")
             manifest._check()
-        except (TypeError, AttributeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{file} does not describe an anchor cache: {error}; {rebuild_hint(folder)}") from error
         return manifest
 
-    @classmethod
-    def _parsed(cls, content: dict[str, Any]) -> AnchorManifest:
-        content["shards"] = [ShardInfo(**shard) for shard in content["shards"]]
-        content["sources"] = [SourceInfo(**source) for source in content["sources"]]
-        content["tensors"] = {name: TensorInfo(**info) for name, info in content["tensors"].items()}
-        return cls(**content)
-
     def _check(self) -> None:
         """Refuse what a matching checksum does not exclude: it is public how it is made."""
-        for name, value, allowed in (("kind", self.kind, KINDS), ("storage", self.storage, STORAGES)):
+        for name, value, allowed in (
+            ("kind", self.kind, KINDS),
+            ("storage", self.storage, STORAGES),
+            ("feature_dtype", self.feature_dtype, DTYPES),
+        ):
             if value not in allowed:
-                raise ValueError(f"{name} is {value!r} instead of one of {', '.join(allowed)}")
-        for shard in self.shards:
-            if not is_plain_name(shard.file):
-                raise ValueError(f"it names the shard {shard.file!r}, which is no file name inside the folder")
-        if len({shard.file for shard in self.shards}) != len(self.shards):
-            raise ValueError("it names a shard twice")
-        numbers = [self.samples, self.depth, *(n for shard in self.shards for n in (shard.samples, shard.bytes))]
+                raise ValueError(f"{name} is {shown(value)} instead of one of {', '.join(allowed)}")
+        self._check_shards()
         sizes = [size for info in self.tensors.values() for size in info.shape]
-        if not all(type(number) is int and number > 0 for number in [*numbers, *sizes, *self.layers]):
-            raise ValueError("a number of samples, bytes, layers or positions is no whole number above 0")
-        if (held := sum(shard.samples for shard in self.shards)) != self.samples:
-            raise ValueError(f"it names {self.samples} anchors, and its shards hold {held}")
+        if not all(number > 0 for number in [self.samples, self.depth, *sizes, *self.layers]):
+            raise ValueError("a number of samples, layers or positions is no whole number above 0")
         if missing := sorted(self.needed_tensors() - self.tensors.keys()):
             raise ValueError(f"a {self.kind} cache needs {', '.join(missing)}, which it does not name")
         if unknown := {info.dtype for info in self.tensors.values()} - set(STORED_DTYPES.values()):
-            raise ValueError(f"{min(unknown)!r} is no dtype of a cache")
+            raise ValueError(f"{shown(min(unknown))} is no dtype of a cache")
+        if any(len(info.shape) > _MAX_DIMENSIONS for info in self.tensors.values()):
+            raise ValueError(f"a tensor has more than {_MAX_DIMENSIONS} dimensions")
+        self._check_layers()
+        for source in self.sources:
+            if source.root is None and not (_REPO_ID.fullmatch(source.repo_id) and ".." not in source.repo_id):
+                raise ValueError(f"it names the dataset {shown(source.repo_id)}, which is no name on the hub")
+            if source.frames < 0 or any(episode < 0 for episode in source.episodes or ()):
+                raise ValueError("it names a negative number of frames, or a negative episode")
+        if self.storage == "self_contained" and not self.tasks:
+            raise ValueError("it names no task")
+
+    def _check_shards(self) -> None:
+        if len(self.shards) > MAX_SHARDS:
+            raise ValueError(f"it names {len(self.shards)} files, and {MAX_SHARDS} can be mapped")
+        for shard in self.shards:
+            if not is_plain_name(shard.file):
+                raise ValueError(f"it names the shard {shown(shard.file)}, which is no file name inside the folder")
+            if min(shard.samples, shard.bytes) <= 0:
+                raise ValueError(f"a number of samples or bytes of {shard.file} is no whole number above 0")
+            if not _SHA256.fullmatch(shard.sha256):
+                raise ValueError(f"the checksum of {shard.file} is {shown(shard.sha256)}, which is none")
+        if len({shard.file for shard in self.shards}) != len(self.shards):
+            raise ValueError("it names a shard twice")
+        if (held := sum(shard.samples for shard in self.shards)) != self.samples:
+            raise ValueError(f"it names {self.samples} anchors, and its shards hold {held}")
+
+    def _check_layers(self) -> None:
+        if sorted(set(self.layers)) != sorted(self.layers) or any(layer > self.depth for layer in self.layers):
+            raise ValueError(f"layers {shown(self.layers)} are not layers of {self.depth}, each once")
+        if (self.kind == "hidden") != bool(self.layers):
+            raise ValueError("a hidden cache has layers, and a token_ce one has none")
+        if self.teacher_variance.keys() != {str(layer) for layer in self.layers}:
+            raise ValueError("its variances are not those of its layers")
+        if not all(variance > 0 for variance in self.teacher_variance.values()):
+            raise ValueError("a variance is not above 0")
+        if self.top_k < 0 or (self.top_k and self.kind == "hidden"):
+            raise ValueError(f"top_k is {self.top_k}; it is 0 or more, and 0 for hidden")
 
     def needed_tensors(self) -> set[str]:
         """Names of the tensors that a cache of this kind cannot be without."""
         needed = {TOKENS, TOKEN_MASK, SOURCE, SOURCE_FRAME}
-        needed |= {STATE, TASK} if self.storage == "self_contained" else {EPISODE, FRAME_IN_EPISODE, IDENTITY}
+        if self.storage == "self_contained":
+            needed |= {STATE, TASK, *(f"{IMAGE_PREFIX}{camera}" for camera in self.cameras)}
+        else:
+            needed |= {EPISODE, FRAME_IN_EPISODE, IDENTITY}
         if self.kind == "hidden":
             return needed | {FEATURE_MASK, *(f"{FEATURE_PREFIX}{layer}" for layer in self.layers)}
         return needed | {TEACHER_CE} | ({TOP_IDS, TOP_LOGPROBS} if self.top_k else set())
@@ -263,11 +303,6 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether a name is that of a file in a folder: no path, nothing above it, nothing hidden."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and Path(name).name == name
-
-
 def rebuild_hint(folder: Path, content: Mapping[str, Any] | None = None) -> str:
     """The command that makes a cache anew, with what a readable manifest tells about it."""
     return f"delete it and build it again: {build_command(folder, content)}"
@@ -277,12 +312,18 @@ def build_command(folder: Path, content: Mapping[str, Any] | None = None) -> str
     """The command that builds a cache, with placeholders for what is not known."""
     content = content or {}
     sources = content.get("sources")
-    names = [source.get("repo_id") for source in sources if isinstance(source, dict)] if sources else []
-    datasets = " ".join(f"--dataset.repo_id={name}" for name in names or ["<old skills>"])
+    names = [source.get("repo_id") for source in sources if isinstance(source, dict)] if type(sources) is list else []
+    datasets = " ".join(f"--dataset.repo_id={_argument(name, '<old skills>')}" for name in names[:8] or [None])
     return (
-        f"craft-anchors build --policy.path={content.get('teacher', '<teacher>')} {datasets} "
-        f"--num-samples={content.get('samples', '<n>')} --output={folder}"
+        f"craft-anchors build --policy.path={_argument(content.get('teacher'), '<teacher>')} {datasets} "
+        f"--num-samples={_argument(content.get('samples'), '<n>')} --output={folder}"
     )
+
+
+def _argument(value: Any, otherwise: str) -> str:
+    """What a stranger's manifest names, where a shell would read nothing else into it."""
+    text = str(value) if type(value) in (int, str) else ""
+    return text if _PLAIN_ARGUMENT.fullmatch(text) else otherwise
 
 
 def _missing(folder: Path) -> str:

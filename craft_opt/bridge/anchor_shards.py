@@ -46,9 +46,13 @@ from craft_opt.bridge.anchor_manifest import (
     TensorInfo,
     sha256_of_file,
     sync_folder,
+    write_atomically,
 )
 from craft_opt.bridge.features import FeatureSpec, action_logits, generated_tokens, hidden_features
 from craft_opt.bridge.policies import precision_context
+
+# Beside the shards of an unfinished build, which has no manifest yet.
+CHECKSUM_SUFFIX = ".sha256"
 
 
 def process_anchors(
@@ -309,7 +313,7 @@ class ShardWriter:
             (self._folder / f"shard-{number:05d}.safetensors", frames[start : start + shard_size])
             for number, start in enumerate(starts)
         ]
-        missing = [(file, members) for file, members in shards if not file.is_file()]
+        missing = [(file, members) for file, members in shards if not _is_whole(file)]
         chunks = [
             (file, members[k : k + self._batch_size], k + self._batch_size >= len(members))
             for file, members in missing
@@ -370,11 +374,18 @@ class _Held:
     moments: dict[str, _Moments]
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether a shard of an interrupted build is there, and is what was written."""
+    checksum = file.with_suffix(CHECKSUM_SUFFIX)
+    return file.is_file() and checksum.is_file() and checksum.read_text(errors="replace") == sha256_of_file(file)
+
+
 def _write_shard(file: Path, tensors: dict[str, Tensor]) -> _Held:
     temporary = file.with_name(file.name + ".tmp")
     save_file(tensors, temporary)
     with temporary.open("rb+") as stream:
         os.fsync(stream.fileno())
+    write_atomically(file.with_suffix(CHECKSUM_SUFFIX), sha256_of_file(temporary))
     temporary.replace(file)
     sync_folder(file.parent)
     return _held(file, tensors)

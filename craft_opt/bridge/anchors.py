@@ -24,6 +24,7 @@ from craft_opt.bridge.anchor_frames import AnchorSource, FrameReader
 from craft_opt.bridge.anchor_manifest import (
     DTYPES,
     KINDS,
+    MANIFEST_FILE,
     STORAGES,
     AnchorManifest,
     SourceInfo,
@@ -49,6 +50,7 @@ from craft_opt.bridge.policies import (
     read_policy_config,
     without_renaming,
 )
+from craft_opt.bridge.run_guard import LOCK_FILE, locked, written_to
 
 __all__ = ["AnchorBuild", "AnchorSource", "build_cache", "prepare_build"]
 
@@ -92,7 +94,15 @@ class AnchorBuild:
         Raises:
             ValueError: The teacher's features or tokens are of no use.
             FileExistsError: The output is there and holds something else.
+            BlockingIOError: Another process builds it.
+            OSError: It could not be written.
         """
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.output.with_name(f"{self.output.name}{LOCK_FILE}")
+        with locked(lock, f"the anchor cache {self.output}"), written_to(partial_folder(self.output)):
+            return self._run(progress)
+
+    def _run(self, progress: bool) -> AnchorManifest:
         if self.output.exists():
             return _finished(self.output, self.draft)
         folder = _start(self.output, digest([self.draft, self.frames, self.shard_size]))
@@ -106,7 +116,11 @@ class AnchorBuild:
             versions={name: version(name) for name in ("craft-opt", "lerobot", "torch", "transformers")},
         )
         manifest.write(folder)
-        (folder / _PLAN_FILE).unlink()
+        # The plan, the checksums, and what killed writes have left.
+        of_the_cache = {MANIFEST_FILE, *(shard.file for shard in held.shards)}
+        for path in folder.iterdir():
+            if path.name not in of_the_cache:
+                path.unlink()
         folder.rename(self.output)
         sync_folder(self.output.parent)
         logger.info("anchor cache %s: %d anchors of %d tasks", self.output, manifest.samples, len(manifest.tasks))
@@ -151,8 +165,8 @@ def prepare_build(
     num_samples: int | None = None,
     fraction: float | None = None,
     balance: bool = True,
-    layers: Sequence[int] = DEFAULT_LAYERS,
-    pooling: str = DEFAULT_POOLING,
+    layers: Sequence[int] | None = None,
+    pooling: str | None = None,
     top_k: int | None = None,
     dtype: str = "auto",
     seed: int = 0,
@@ -164,6 +178,7 @@ def prepare_build(
     stats_source: AnchorSource | None = None,
     rename_map: Mapping[str, str] | None = None,
     policy_overrides: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> AnchorBuild:
     """Load the teacher, choose the frames, and check that everything fits.
 
@@ -176,10 +191,10 @@ def prepare_build(
         num_samples: Anchors in all; this or ``fraction``.
         fraction: Share of the chosen episodes' frames, in (0, 1].
         balance: Whether every task gets as many anchors as its frames allow; otherwise every frame has one chance.
-        layers: For ``hidden``: decoder layers, counted from 1, or from the last as -1.
-        pooling: For ``hidden``: one of :data:`craft_opt.retention.POOLINGS`.
+        layers: For ``hidden``: decoder layers, counted from 1, or from the last as -1; None is the last two.
+        pooling: For ``hidden``: one of :data:`craft_opt.retention.POOLINGS`; None is ``action_tokens``.
         top_k: For ``token_ce``: the teacher's most probable tokens kept at each position, 0 for none; None is 8.
-        dtype: Of the stored features: ``float32``, ``bfloat16``, ``float16`` or ``auto``, the dtype of the computation.
+        dtype: For ``hidden``: ``float32``, ``bfloat16``, ``float16`` or ``auto``, the dtype of the computation.
         seed: Seed of the selection.
         shard_size: Anchors per file.
         batch_size: Anchors per forward of the teacher.
@@ -190,6 +205,7 @@ def prepare_build(
         stats_source: Dataset whose statistics the fine-tuning run will take.
         rename_map: Keys of the sources → keys of the policy.
         policy_overrides: Flags of the policy without their prefix, such as ``--device=cpu``.
+        trust_remote_code: Whether the teacher's tokenizers may run code that lies beside them.
 
     Raises:
         ValueError: A setting, a dataset or the teacher does not fit.
@@ -204,7 +220,14 @@ def prepare_build(
         ("action-tokens", token_source, TOKEN_SOURCES),
         ("normalization_stats", normalization_stats, ("teacher", "dataset")),
     )
-    _check_numbers(num_samples, fraction, shard_size, batch_size, num_workers, kind, top_k)
+    _check_numbers(num_samples, fraction, shard_size, batch_size, num_workers)
+    if kind == "hidden" and top_k is not None:
+        raise ValueError(f"--top-k={top_k} goes with --kind=token_ce: a hidden cache keeps no tokens of the teacher's")
+    features = {"layers": layers, "pooling": pooling, "dtype": None if dtype == "auto" else dtype}
+    if kind == "token_ce" and (given := [f"--{name}" for name, value in features.items() if value is not None]):
+        raise ValueError(f"a token_ce cache keeps no features: drop {', '.join(given)}, or build with --kind=hidden")
+    if Path(output).exists() and not (Path(output) / MANIFEST_FILE).is_file():
+        raise FileExistsError(f"--output={output} is there already and is no anchor cache; choose another --output")
     if not sources:
         raise ValueError("anchors need at least one dataset of old skills: --dataset.repo_id=<name>")
     if (normalization_stats == "dataset") != (stats_source is not None):
@@ -217,9 +240,10 @@ def prepare_build(
     renames = dict(rename_map or {})
     for dataset in datasets:
         check_cameras(config, dataset.meta, renames)
-    policy = load_policy(config, datasets[0].meta, renames)
+    policy = load_policy(config, datasets[0].meta, renames, trust_remote_code=trust_remote_code)
     policy.eval()
-    preprocessor, _ = make_processors(config, stats=stats_source.metadata().stats if stats_source else None)
+    stats = stats_source.metadata().stats if stats_source else None
+    preprocessor, _ = make_processors(config, stats=stats, trust_remote_code=trust_remote_code)
     for dataset in datasets:
         check_widths(preprocessor, dataset.meta, renames)
     compute_dtype = language_model_of(policy).layers[0].self_attn.q_proj.weight.dtype
@@ -231,7 +255,9 @@ def prepare_build(
         preprocessor=without_renaming(preprocessor),
         kind=kind,
         storage=storage,
-        spec=FeatureSpec.resolve(layers, pooling, depth_of(policy)) if hidden else None,
+        spec=FeatureSpec.resolve(layers or DEFAULT_LAYERS, pooling or DEFAULT_POOLING, depth_of(policy))
+        if hidden
+        else None,
         top_k=0 if hidden else _top_k(top_k, policy),
         token_source=str(token_source),
         dtype=(compute_dtype if dtype == "auto" else DTYPES[dtype]) if hidden else torch.float32,
@@ -309,8 +335,6 @@ def _check_numbers(
     shard_size: int,
     batch_size: int,
     num_workers: int,
-    kind: str,
-    top_k: int | None,
 ) -> None:
     if (num_samples is None) == (fraction is None):
         raise ValueError("give the number of anchors with --num-samples=<n>, or their share with --fraction=<0..1>")
@@ -321,8 +345,6 @@ def _check_numbers(
             raise ValueError(f"--{name} must be at least 1, got {number}")
     if num_workers < 0:
         raise ValueError(f"--num-workers must be at least 0, got {num_workers}")
-    if kind == "hidden" and top_k is not None:
-        raise ValueError(f"--top-k={top_k} goes with --kind=token_ce: a hidden cache keeps no tokens of the teacher's")
 
 
 def _top_k(wanted: int | None, policy: torch.nn.Module) -> int:

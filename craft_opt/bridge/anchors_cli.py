@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from craft_opt.bridge.anchor_manifest import KINDS, STORAGES
+from craft_opt.bridge.run_guard import describe, exit_code, remedy, sigterm_as_interrupt
 
 EXIT_REFUSED = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+_TRUST_HELP = "true lets the policy's tokenizers run code that lies beside them, with your rights"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes ``sys.argv``.
 
     Returns:
-        Exit code: 0, 1 where ``verify`` refuses a cache, 2 for a command that cannot be carried out, 130 after Ctrl-C.
+        Exit code: 0, 1 where ``verify`` refuses a cache, 2 for a command that cannot be carried out, 130 after Ctrl-C,
+        143 after SIGTERM.
     """
     parser, commands = _parsers()
     argv = sys.argv[1:] if argv is None else argv
@@ -45,15 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 close = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
                 parser.error(f"unknown flag {flag}{f'; did you mean {close[0]}?' if close else ''}")
     args = parser.parse_args(argv)
-    try:
-        return {"build": _build, "inspect": _inspect, "verify": _verify}[args.command](args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        again = "; the same command goes on where it was" if args.command == "build" else ""
-        print(f"interrupted{again}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    again = "; the same command goes on where it was" if args.command == "build" else ""
+    with sigterm_as_interrupt():
+        try:
+            return {"build": _build, "inspect": _inspect, "verify": _verify}[args.command](args)
+        except (ValueError, OSError) as error:
+            told = f"; {remedy(error)}{again}" if remedy(error) else ""
+            print(f"error: {error}{told}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        except KeyboardInterrupt as interrupt:
+            print(f"{describe(interrupt)}{again}", file=sys.stderr)
+            return exit_code(interrupt)
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -81,6 +85,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     verify("--policy.dtype", dest="policy_dtype", help="dtype that it computes in; as at the build")
     verify("--stats.repo_id", dest="stats_repo_id", help="for a cache with the new skill's statistics: its dataset")
     verify("--stats.root", dest="stats_root", help="its folder")
+    for command in (parsers["build"], parsers["verify"]):
+        command.add_argument("--trust_remote_code", type=_truth, default=False, metavar="true", help=_TRUST_HELP)
     return parser, parsers
 
 
@@ -101,10 +107,10 @@ def _add_build_flags(build: argparse.ArgumentParser) -> None:
     )
     add("--kind", default="hidden", choices=KINDS, help="what is cached: features, or what the teacher says of tokens")
     add("--storage", default="self_contained", choices=STORAGES, help="copy the frames, or refer to the datasets'")
-    add("--layers", type=_numbers, default=(-2, -1), help="for hidden: decoder layers, from 1, or from the last as -1")
-    add("--pooling", default="action_tokens", help="for hidden: where the features are taken")
+    add("--layers", type=_numbers, help="for hidden: decoder layers, from 1, or from the last as -1; unset is -2,-1")
+    add("--pooling", help="for hidden: where the features are taken; unset is action_tokens")
     add("--top-k", dest="top_k", type=int, help="for token_ce: most probable tokens kept a position; unset is 8")
-    add("--dtype", default="auto", help="of the stored features: auto, float32, bfloat16 or float16")
+    add("--dtype", default="auto", help="for hidden: of the features, auto, float32, bfloat16 or float16")
     add("--action-tokens", help="whose tokens are forced: demonstrated (unset, for hidden) or teacher (for token_ce)")
     add("--seed", type=int, default=0, help="seed of the selection")
     add("--shard-size", type=int, default=64, help="anchors per file")
@@ -153,6 +159,7 @@ def _build(args: argparse.Namespace) -> int:
         stats_source=AnchorSource(args.stats_repo_id, args.stats_root) if args.stats_repo_id else None,
         rename_map=args.rename_map,
         policy_overrides=_overrides(args),
+        trust_remote_code=args.trust_remote_code,
     )
     say(f"Anchor cache: {args.output} ({manifest.samples} anchors of {len(manifest.tasks)} tasks, {manifest.content})")
     return 0
@@ -173,7 +180,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     stats = AnchorSource(args.stats_repo_id, args.stats_root) if args.stats_repo_id else None
     try:
-        print(verify_cache(args.folder, args.policy, _overrides(args), stats))
+        print(verify_cache(args.folder, args.policy, _overrides(args), stats, trust_remote_code=args.trust_remote_code))
     except (ValueError, OSError) as error:
         print(f"not verified: {error}", file=sys.stderr)
         return EXIT_REFUSED
@@ -195,15 +202,30 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     return [f"--{name}={value}" for name, value in given.items() if value]
 
 
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text == "true"
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.strip("[]").split(","))
+    try:
+        return tuple(int(part) for part in text.strip("[]").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas between, such as -2,-1; got {text!r}") from None
 
 
 def _episodes(text: str) -> tuple[int, ...]:
     found: list[int] = []
-    for part in text.strip("[]").split(","):
-        first, separator, last = part.strip().partition("-")
-        found += range(int(first), int(last) + 1) if separator else [int(first)]
+    try:
+        for part in text.strip("[]").split(","):
+            first, separator, last = part.strip().partition("-")
+            run = range(int(first), int(last if separator else first) + 1)
+            if not run:
+                raise ValueError
+            found += run
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers and ranges, such as 0-9,12; got {text!r}") from None
     return tuple(dict.fromkeys(found))
 
 

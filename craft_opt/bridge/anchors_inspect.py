@@ -12,7 +12,15 @@ import numpy as np
 import torch
 
 from craft_opt.bridge.anchor_cache import AnchorBatch, AnchorCache
-from craft_opt.bridge.anchor_manifest import FEATURE_MASK, FEATURE_PREFIX, TEACHER_CE, TOKEN_MASK, TOP_LOGPROBS
+from craft_opt.bridge.anchor_manifest import (
+    FEATURE_MASK,
+    FEATURE_PREFIX,
+    TEACHER_CE,
+    TOKEN_MASK,
+    TOP_LOGPROBS,
+    rebuild_hint,
+)
+from craft_opt.bridge.untrusted import printable
 
 BINS = 12
 _BAR = 40
@@ -68,7 +76,11 @@ def inspect_cache(folder: str | Path, output: Path | None = None, num_frames: in
         raise ValueError(f"--output must name a .png file and --num-frames be at least 1, got {output}, {num_frames}")
     cache = AnchorCache.open(folder)
     spread = list(_distributions(cache))
-    lines = [*_description(cache), *(line for one in spread for line in ["", *one.lines()])]
+    for one in spread:
+        if not np.isfinite(one.values).all():
+            raise ValueError(f"{folder}: {one.title} are not finite; {rebuild_hint(cache.folder)}")
+    # Prompts and names are whatever the cache says: they must not steer the terminal.
+    lines = [printable(line) for line in (*_description(cache), *(x for one in spread for x in ["", *one.lines()]))]
     if output is not None:
         _draw(cache, spread, output, min(num_frames, len(cache)))
         lines += ["", f"Picture: {output}"]

@@ -29,6 +29,7 @@ from craft_opt.bridge.retention_term import (
     check_cache_fits,
     check_drift,
 )
+from craft_opt.bridge.untrusted_policy import remote_code
 from craft_opt.config import CraftConfig
 
 
@@ -37,6 +38,8 @@ def verify_cache(
     policy_path: str | Path | None = None,
     policy_overrides: Sequence[str] = (),
     stats_source: AnchorSource | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> str:
     """Check a cache, and the policy that is to be its teacher where one is given.
 
@@ -45,6 +48,7 @@ def verify_cache(
         policy_path: The policy, a folder or a name on the hub.
         policy_overrides: Flags of the policy without their prefix, such as ``--device=cpu``.
         stats_source: The new skill's dataset, for a cache that was processed with its statistics.
+        trust_remote_code: Whether the policy's tokenizers may run code that lies beside them.
 
     Returns:
         A sentence that says what was checked.
@@ -61,10 +65,21 @@ def verify_cache(
         whole += f", and the frames of {names} that it refers to are the same as at the build"
     if policy_path is None:
         return whole
-    config = read_policy_config(policy_path, tuple(policy_overrides))
-    policy = _load(config)
-    preprocessor, _ = make_processors(config, stats=stats_source.metadata().stats if stats_source else None)
     statistics = "dataset" if stats_source else "teacher"
+    if manifest.normalization_stats != statistics:
+        remedies = {
+            "dataset": "name the new skill's dataset with --stats.repo_id=<name>, and its folder with --stats.root",
+            "teacher": "drop --stats.repo_id and --stats.root",
+        }
+        raise ValueError(
+            f"{folder} was built with the {manifest.normalization_stats}'s normalisation statistics; "
+            f"{remedies[manifest.normalization_stats]}"
+        )
+    config = read_policy_config(policy_path, tuple(policy_overrides))
+    with remote_code(trust_remote_code):
+        policy = _load(config)
+    stats = stats_source.metadata().stats if stats_source else None
+    preprocessor, _ = make_processors(config, stats=stats, trust_remote_code=trust_remote_code)
     check_cache_fits(cache, policy, preprocessor, statistics, ExpectedFeatures(), is_teacher=True)
     with precision_context(config):
         drift = check_drift(_retention(cache, preprocessor, "kl" if manifest.top_k else "ce"), policy, config)

@@ -8,20 +8,25 @@ against its configuration classes, so that a mistyped flag never trains.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
+import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from craft_opt.bridge import shorten_codec_warning
+from craft_opt.bridge.processes import is_main, world_size
+from craft_opt.bridge.run_guard import describe, exit_code, how_to_go_on, remedy, sigterm_as_interrupt
 from craft_opt.config import CraftConfig
 
 if TYPE_CHECKING:
     from craft_opt.bridge.loop import TrainSummary
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+_TIME_TO_TELL = 10.0  # seconds
 RETENTION_CHOICES = ("hidden", "token_ce", "none")
 QUICKSTART_FLAGS = ("seed", "output_dir", "steps")
 # What makes a command line the real training and not the quickstart.
@@ -91,19 +96,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes ``sys.argv``.
 
     Returns:
-        Exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C.
+        Exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        command = read_command(argv)
-        if command.kind == "help":
-            return show_help(command)
-        return _quickstart(command) if command.kind == "quickstart" else _train(command)
-    except UsageError as error:
-        return report_error(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    with sigterm_as_interrupt():
+        try:
+            command = read_command(argv)
+            if command.kind == "help":
+                return show_help(command)
+            return _quickstart(command) if command.kind == "quickstart" else _train(command)
+        except UsageError as error:
+            return report_error(error)
+        except KeyboardInterrupt as interrupt:
+            if is_main():
+                print(describe(interrupt), file=sys.stderr)
+            return exit_code(interrupt)
 
 
 def read_command(argv: Sequence[str]) -> Command:
@@ -324,6 +331,13 @@ def show_help(command: Command) -> int:
 
 def _quickstart(command: Command) -> int:
     shorten_codec_warning()
+    if (count := world_size()) > 1:
+        return report_error(
+            UsageError(
+                f"the quickstart runs in one process, and the launcher started {count}: python train.py "
+                f"--retention-mode hidden; several train your own policy: --policy.path and --dataset.repo_id"
+            )
+        )
     from craft_opt.bridge.quickstart.run import run_quickstart
 
     output_dir, seed, steps = (command.flags.get(name) for name in ("output_dir", "seed", "steps"))
@@ -348,9 +362,9 @@ def _train(command: Command) -> int:
     from craft_opt.bridge.logs import set_up_logging
     from craft_opt.bridge.loop import prepare, run_steps
 
-    lerobot_flags.check_names(command.flags)
     set_up_logging()
     try:
+        lerobot_flags.check_names(command.flags)
         run = prepare(parse_config(arguments_of(command)))
     except SystemExit as stopped:  # LeRobot's parser, which has said why
         return EXIT_USER_ERROR if stopped.code else 0
@@ -358,11 +372,24 @@ def _train(command: Command) -> int:
         return report_error(error)
     except lerobot_flags.PARSER_ERRORS as error:
         return report_error(error)
-    return show_summary(run_steps(run))
+    assert run.cfg.output_dir is not None
+    try:
+        code = show_summary(run_steps(run))
+        run.ranks.close()
+        return code
+    except OSError as error:
+        told = (str(error), remedy(error), how_to_go_on(run.cfg.output_dir))
+        return report_error(OSError("; ".join(filter(None, told))), by_one=True)
+    except KeyboardInterrupt:
+        if is_main():
+            print(how_to_go_on(run.cfg.output_dir), file=sys.stderr)
+        raise
 
 
 def show_summary(summary: TrainSummary) -> int:
     """Say where the results of a finished run are and return 0."""
+    if not is_main():
+        return 0
     if summary.checkpoint is not None:
         print(f"Trained policy: {summary.checkpoint / 'pretrained_model'}")
     print(f"Metrics: {summary.metrics_file}")
@@ -384,7 +411,18 @@ def arguments_of(command: Command) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def report_error(error: Exception) -> int:
-    """Say what is wrong and return the exit code for it."""
-    print(f"error: {error}", file=sys.stderr)
+def report_error(error: Exception, *, by_one: bool = False) -> int:
+    """Say what is wrong, and what to do where the disk is at fault, and return the exit code for it.
+
+    Of several processes the first one speaks for all, or, with ``by_one``, the one that it happened to.
+    """
+    told = f"; {remedy(error)}, and give the same command again" if remedy(error) else ""
+    if is_main():
+        print(f"error: {error}{told}", file=sys.stderr)
+    elif by_one:
+        print(f"error in process {os.environ['RANK']}: {error}{told}", file=sys.stderr)
+    else:
+        # A launcher ends the others as soon as one is gone: the first one must have spoken before.
+        with suppress(KeyboardInterrupt):
+            time.sleep(_TIME_TO_TELL)
     return EXIT_USER_ERROR

@@ -14,9 +14,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from lerobot.configs import parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.optim import OptimizerConfig
-from lerobot.utils.constants import PRETRAINED_MODEL_DIR
+from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 
 from craft_opt import CraftConfig, CraftOptimizer
+from craft_opt.bridge.run_guard import how_to_go_on
+from craft_opt.bridge.seals import check_seal
+from craft_opt.bridge.untrusted import read_json
+from craft_opt.bridge.untrusted_policy import TRUST_FLAG, check_policy_config
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +92,8 @@ class CraftTrainConfig(TrainPipelineConfig):
         gradient_accumulation_steps: Batches whose gradients are averaged for one step; ``batch_size`` is that of each,
             ``steps`` counts updates, and anchors are drawn once an update.
         dry_run: Three steps, no checkpoint.
+        trust_remote_code: Whether tokenizers may run code that lies beside them. Only the command line or a program
+            can say so: a file that says it came with the code, perhaps.
     """
 
     craft: CraftConfig = field(default_factory=CraftConfig)
@@ -96,6 +102,7 @@ class CraftTrainConfig(TrainPipelineConfig):
     anchor_pooling: str | None = None
     gradient_accumulation_steps: int = 1
     dry_run: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         # The arguments that this configuration was parsed from. LeRobot's validate() reads them again from sys.argv
@@ -128,8 +135,15 @@ class CraftTrainConfig(TrainPipelineConfig):
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
         chosen: OptimizerConfig | None = getattr(self, "optimizer", None)
         with arguments(self._arguments):
+            if path := parser.get_path_arg("policy"):
+                check_policy_config(path)
             try:
                 super().validate()
+            except FileExistsError as error:
+                raise FileExistsError(
+                    f"--output_dir={self.output_dir} is there already, and this run does not resume; "
+                    f"{how_to_go_on(Path(str(self.output_dir)))}, or choose another --output_dir"
+                ) from error
             except (HTTPError, LocalEntryNotFoundError) as error:
                 path = parser.get_path_arg("policy")
                 raise FileNotFoundError(
@@ -195,10 +209,57 @@ def parse_config(args: Sequence[str]) -> CraftTrainConfig:
     Raises:
         SystemExit: LeRobot's parser refused them and said why.
     """
+    file = _config_file(args)
+    _check_seals(file, parser.parse_arg("policy.path", args))
+    if file is not None:
+        read_json(file, "take another checkpoint, or a copy")
     with arguments(args):
         cfg: CraftTrainConfig = _parsed()
     cfg._arguments = list(args)
+    if parser.parse_arg(TRUST_FLAG, args) is None:
+        cfg.trust_remote_code = False
+    if cfg.resume and file is not None and parser.parse_arg("output_dir", args) is None:
+        cfg.output_dir = _run_folder(file, cfg.output_dir)
     return cfg
+
+
+def _check_seals(config_file: Path | None, policy: str | None) -> None:
+    """Of what LeRobot's parser reads: damaged, it would mean something else. The rest is checked where it is used.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    if policy is not None:
+        check_seal(Path(policy), "take another checkpoint, or restore it from a copy", suffix=".json")
+    if config_file is not None:
+        folder = config_file.resolve().parents[1]
+        others = f"resume from another checkpoint of {folder.parent}, or restore it from a copy"
+        check_seal(folder, others, suffix=".json")
+
+
+def _config_file(args: Sequence[str]) -> Path | None:
+    """The configuration of a checkpoint that is read, where it lies on this machine."""
+    given = Path(parser.parse_arg("config_path", args) or "")
+    file = given / TRAIN_CONFIG_NAME if given.is_dir() else given
+    return file if file.suffix == ".json" and file.is_file() else None
+
+
+def _run_folder(file: Path, stated: Path | None) -> Path:
+    """Where a resumed run writes: into its own folder, whatever other one its configuration names.
+
+    Raises:
+        ValueError: The checkpoint lies in no folder of a run.
+    """
+    checkpoints = file.absolute().parents[2]
+    if stated is not None and stated.resolve() == checkpoints.parent.resolve():
+        return stated
+    if checkpoints.name != CHECKPOINTS_DIR:
+        raise ValueError(
+            f"{file} is of a run that wrote into {stated}, and does not lie in it; say where to write with "
+            f"--output_dir=<folder>"
+        )
+    logger.warning("the run was moved from %s, and goes on where it is: %s", stated, checkpoints.parent)
+    return checkpoints.parent
 
 
 def fine_tune_config(

@@ -28,8 +28,10 @@ from torch import Tensor
 from craft_opt.bridge import checkpoint, cli, flags, shorten_codec_warning
 from craft_opt.bridge.config import CraftTrainConfig, parse_config
 from craft_opt.bridge.logs import METRICS_FILE, MetricsFile, StepRecord, say, set_up_logging
-from craft_opt.bridge.loop import Journal, Run, TrainSummary, prepare, save_run
+from craft_opt.bridge.loop import Journal, Run, TrainSummary, claimed, prepare, save_run
 from craft_opt.bridge.policies import precision_context
+from craft_opt.bridge.processes import world_size
+from craft_opt.bridge.run_guard import describe, exit_code, sigterm_as_interrupt
 from craft_opt.bridge.step import StepResult
 
 _USER_ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, NotImplementedError, *flags.PARSER_ERRORS)
@@ -53,7 +55,18 @@ def train(cfg: CraftTrainConfig, *, on_step: Callable[[StepRecord], None] | None
         FileExistsError: The output folder is there already.
     """
     _refuse_accumulation(cfg)
+    if (count := world_size()) > 1:
+        raise ValueError(
+            f"LeRobot's own loop with retention runs in one process, and the launcher started {count}; several train "
+            f"with accelerate launch train.py, which takes the same flags"
+        )
     run = prepare(cfg)
+    with claimed(cfg):
+        return _train_attached(run, on_step)
+
+
+def _train_attached(run: Run, on_step: Callable[[StepRecord], None] | None) -> TrainSummary:
+    cfg = run.cfg
     assert cfg.output_dir is not None and cfg.policy is not None
     optimizer, term = run.parts.optimizer, run.term
     mode = cfg.craft.retention_mode if cfg.craft.enabled else "none"
@@ -78,7 +91,7 @@ def train(cfg: CraftTrainConfig, *, on_step: Callable[[StepRecord], None] | None
         output_dir=cfg.output_dir,
         steps=cfg.steps,
         checkpoint=checkpoint.latest_checkpoint(cfg.output_dir) if cfg.save_checkpoint else None,
-        metrics_file=journal.file.file,
+        metrics_file=cfg.output_dir / METRICS_FILE,
         skipped_steps=journal.skipped_steps,
         seconds=time.perf_counter() - started,
         last=journal.last,
@@ -92,11 +105,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes ``sys.argv``.
 
     Returns:
-        Exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C.
+        Exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C, 143 after SIGTERM.
     """
     shorten_codec_warning()
+    with sigterm_as_interrupt():
+        return _run(sys.argv[1:] if argv is None else list(argv))
+
+
+def _run(argv: list[str]) -> int:
     try:
-        command = cli.read_command(sys.argv[1:] if argv is None else list(argv))
+        command = cli.read_command(argv)
         if command.kind == "help":
             return cli.show_help(command)
         if command.kind == "quickstart":
@@ -107,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags.check_names(command.flags)
         set_up_logging()
         summary = train(parse_config(cli.arguments_of(command)))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return cli.EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        print(describe(interrupt), file=sys.stderr)
+        return exit_code(interrupt)
     except SystemExit as stopped:  # LeRobot's parser, which has said why
         return cli.EXIT_USER_ERROR if stopped.code else 0
     except _USER_ERRORS as error:

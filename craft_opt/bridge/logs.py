@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from craft_opt import CraftConfig
 from craft_opt.bridge.anchor_manifest import write_atomically
+from craft_opt.bridge.processes import is_main
 from craft_opt.bridge.retention_term import Retention
 from craft_opt.bridge.step import StepResult
 
@@ -184,7 +185,9 @@ class MetricsFile:
 
 
 def say(text: str) -> None:
-    """Print a line that a monitor may wait for: no prefix, at once, without tearing a progress bar."""
+    """Print a line that a monitor may wait for: no prefix, at once, without tearing a progress bar; in one process."""
+    if not is_main():
+        return
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
@@ -192,7 +195,8 @@ def say(text: str) -> None:
 def set_up_logging() -> None:
     """LeRobot's console logging, for everything that is not part of the log's contract."""
     init_logging()
-    logging.getLogger().setLevel(logging.INFO)  # LeRobot lets every debug record be made, for a file it does not write
+    # LeRobot lets every debug record be made, for a file it does not write.
+    logging.getLogger().setLevel(logging.INFO if is_main() else logging.ERROR)
     for name in ("httpx", "urllib3", "filelock", "fsspec", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,18 @@ import numpy as np
 import torch
 from httpx import HTTPError
 from lerobot.common.train_utils import (
+    get_step_checkpoint_dir,
     get_step_identifier,
     load_training_batch_size,
+    load_training_num_processes,
     push_checkpoint_to_hub,
     should_save_checkpoint,
 )
 from lerobot.common.wandb_utils import WandBLogger
+from lerobot.configs import parser
 from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset, compute_sampler_state
 from lerobot.datasets.factory import make_train_eval_datasets
 from lerobot.optim.factory import make_optimizer_and_scheduler
-from lerobot.policies import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.collate import lerobot_collate_fn
 from lerobot.utils.constants import TRAINING_STATE_DIR, TRAINING_STEP
@@ -49,6 +51,7 @@ from craft_opt.bridge.logs import (
     say,
 )
 from craft_opt.bridge.policies import check_widths, load_policy, make_processors, precision_context
+from craft_opt.bridge.processes import Ranks, full_state
 from craft_opt.bridge.retention_term import (
     ExpectedFeatures,
     Retention,
@@ -57,9 +60,14 @@ from craft_opt.bridge.retention_term import (
     digests_of,
     open_caches,
 )
+from craft_opt.bridge.run_guard import LOCK_FILE, locked, written_to
+from craft_opt.bridge.seals import check_seal, dataset_digest
 from craft_opt.bridge.step import StepResult, Trained, train_step
 
 logger = logging.getLogger(__name__)
+
+# What a run that does not fit ends with, before its first step.
+USER_ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ class Run:
         postprocessor: Of the policy.
         samples: The dataset as the steps read it, decoded in memory where it fits.
         start: Steps done before (resume).
+        data: What tells the dataset from another state of itself.
     """
 
     cfg: CraftTrainConfig
@@ -108,6 +117,12 @@ class Run:
     postprocessor: PolicyProcessorPipeline
     samples: Any
     start: int
+    data: str = ""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        return self.parts.ranks
 
     @property
     def term(self) -> Retention | None:
@@ -146,13 +161,23 @@ def prepare(cfg: CraftTrainConfig) -> Run:
         FileNotFoundError: A cache, dataset, policy or checkpoint is not there.
         FileExistsError: The output folder is there already.
     """
-    _refuse_processes()
+    on_cpu = parser.parse_arg("policy.device", cfg._arguments) == "cpu" or not torch.cuda.is_available()
+    ranks = Ranks.join("cpu" if on_cpu else "cuda")
+    # What can fail comes first and needs nobody else, so that no process waits for one that has given up.
+    assemble = ranks.together(lambda: _load(cfg, ranks), USER_ERRORS)
+    return assemble()
+
+
+def _load(cfg: CraftTrainConfig, ranks: Ranks) -> Callable[[], Run]:
+    """Load and check everything; return what puts it together."""
     cfg.validate()
     _check_retention(cfg)
     caches = open_caches(cfg.craft) if cfg.craft.enabled else []
     assert cfg.policy is not None and cfg.output_dir is not None
     if cfg.resume:
-        _check_resumable(cfg)
+        _check_resumable(cfg, ranks.count)
+    if ranks.count > 1:
+        _refuse_in_several(cfg, ranks)
     if cfg.seed is not None:
         set_seed(cfg.seed)
     torch.backends.cudnn.deterministic = cfg.cudnn_deterministic
@@ -160,9 +185,20 @@ def prepare(cfg: CraftTrainConfig) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = True
 
     dataset, eval_dataset = _datasets(cfg)
-    policy: PreTrainedPolicy = load_policy(cfg.policy, dataset.meta, cfg.rename_map)
+    if not cfg.dataset.streaming and dataset.num_frames < cfg.batch_size * ranks.count:
+        raise ValueError(
+            f"dataset {cfg.dataset.repo_id} has {dataset.num_frames} frames, and {ranks.count} processes with "
+            f"--batch_size={cfg.batch_size} take {cfg.batch_size * ranks.count} a step; lower --batch_size"
+        )
+    data = "" if cfg.dataset.streaming else dataset_digest(Path(dataset.root))
+    if cfg.resume:
+        assert cfg.checkpoint_path is not None
+        checkpoint.check_whole(cfg.checkpoint_path, cfg.output_dir, data)
+    policy: Any = load_policy(cfg.policy, dataset.meta, cfg.rename_map, trust_remote_code=cfg.trust_remote_code)
     stats, whose = _statistics(cfg, dataset)
-    preprocessor, postprocessor = make_processors(cfg.policy, stats=stats, rename_map=cfg.rename_map)
+    preprocessor, postprocessor = make_processors(
+        cfg.policy, stats=stats, rename_map=cfg.rename_map, trust_remote_code=cfg.trust_remote_code
+    )
     check_widths(preprocessor, dataset.meta, cfg.rename_map)
     expected = ExpectedFeatures(cfg.anchor_layers, cfg.anchor_pooling)
     for cache in caches:
@@ -179,34 +215,73 @@ def prepare(cfg: CraftTrainConfig) -> Run:
         policy = policy.wrap_with_peft(peft_cli_overrides=asdict(cfg.peft))
     seed = cfg.seed if cfg.seed is not None else 0
     on_the_fly = teacher_within(policy, expected) if caches and cfg.craft.teacher == "adapters_off" else None
-    term = Retention(caches, preprocessor, cfg.craft, seed, on_the_fly) if caches else None
+    term = (
+        Retention(caches, preprocessor, cfg.craft, seed, on_the_fly, rank=ranks.rank, processes=ranks.count)
+        if caches
+        else None
+    )
     drift: float | None = None
     if term is not None and not cfg.resume:
         with precision_context(cfg.policy):
             drift = check_drift(term, policy, cfg.policy)
     samples = dataset if cfg.dataset.streaming else in_memory(dataset)
 
-    def run_with(term: Retention | None, start: int) -> Run:
-        optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
-        parts = Trained(policy, optimizer, scheduler, term)
-        return Run(cfg, parts, dataset, eval_dataset, preprocessor, postprocessor, samples, start)
+    def assemble() -> Run:
+        wrapped = ranks.wrap(policy)
 
-    if term is not None and cfg.craft.epsilon == "auto" and not cfg.resume:
-        cfg.set_epsilon(*_epsilon_of_naive_run(run_with(None, 0), term))
-        gc.collect()  # the naive run's optimizer: its hooks on the parameters go with it, and it lies in cycles
-    for line in (*cache_lines(term, cfg.craft), *banner_lines(cfg.craft)):
-        say(line)
-    say(f"Normalisation statistics: {whose}")
-    if drift is not None:
-        say(f"Drift before step 0: {drift:.1e}")
-    run = run_with(term, 0)
-    if not cfg.resume:
+        def run_with(term: Retention | None) -> Run:
+            # After wrapping: shards are other parameters.
+            optimizer, scheduler = make_optimizer_and_scheduler(cfg, ranks.unwrap(wrapped))
+            parts = Trained(wrapped, optimizer, scheduler, term, ranks)
+            return Run(cfg, parts, dataset, eval_dataset, preprocessor, postprocessor, samples, 0, data)
+
+        if term is not None and cfg.craft.epsilon == "auto" and not cfg.resume:
+            cfg.set_epsilon(*_epsilon_of_naive_run(run_with(None), term))
+            gc.collect()  # the naive run's optimizer: its hooks on the parameters go with it, and it lies in cycles
+        for line in (*cache_lines(term, cfg.craft), *banner_lines(cfg.craft)):
+            say(line)
+        say(f"Normalisation statistics: {whose}")
+        if drift is not None:
+            say(f"Drift before step 0: {drift:.1e}")
+        if ranks.count > 1:
+            say(f"Processes: {ranks.count} ({'shards, FSDP2' if ranks.sharded else 'replicas, DDP'})")
+        run = run_with(term)
+        if cfg.resume:
+            restore = functools.partial(checkpoint.restore, cfg, run.parts.optimizer, run.parts.scheduler)
+            start, positions = ranks.together(lambda: restore(digests_of(caches)), USER_ERRORS)
+            if term is not None:
+                term.positions = positions
+            say(f"Resumed from {cfg.checkpoint_path} after step {start}")
+            run = replace(run, start=start)
+        if ranks.rank > 0:
+            # What is random in a step shall not be the same everywhere. The first process goes on with what the
+            # checkpoint holds; the others draw theirs afresh, the same ones whenever a run starts from this step.
+            set_seed(int(np.random.SeedSequence([seed, run.start, ranks.rank]).generate_state(1)[0]))
         return run
-    start, positions = checkpoint.restore(cfg, run.parts.optimizer, run.parts.scheduler, digests_of(caches))
-    if term is not None:
-        term.positions = positions
-    say(f"Resumed from {cfg.checkpoint_path} after step {start}")
-    return replace(run, start=start)
+
+    return assemble
+
+
+def _refuse_in_several(cfg: CraftTrainConfig, ranks: Ranks) -> None:
+    """Refuse what one process can do and several cannot.
+
+    Raises:
+        ValueError: It is asked for.
+    """
+    assert cfg.policy is not None
+    if cfg.craft.enabled and cfg.craft.epsilon == "auto" and not cfg.resume:
+        raise ValueError(
+            f"craft.epsilon=auto measures in one process, and this run has {ranks.count}; let python train.py with the "
+            f"same flags and --dry-run say what it finds, and pass --craft.epsilon_start and --craft.epsilon_end"
+        )
+    if cfg.dataset.streaming:
+        raise ValueError("a streamed dataset is not shared out among processes; pass --dataset.streaming=false")
+    if ranks.sharded and cfg.env is not None:
+        raise ValueError("--env evaluates a whole policy, and FSDP2 shards it; evaluate checkpoints with lerobot-eval")
+    if ranks.sharded and cfg.policy.push_to_hub:
+        raise ValueError(
+            "--policy.push_to_hub pushes a whole policy, and FSDP2 shards it; push the last checkpoint afterwards"
+        )
 
 
 def _epsilon_of_naive_run(run: Run, term: Retention) -> tuple[float, float]:
@@ -252,18 +327,51 @@ def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, 
     """Do the steps of a prepared run.
 
     Ctrl-C leaves the metrics of all finished steps and every checkpoint that was whole.
+
+    Raises:
+        BlockingIOError: Another process trains in the output folder.
+        OSError: Something could not be written, or a data worker died.
     """
+    with claimed(run.cfg) if run.ranks.is_main else nullcontext():
+        run.ranks.wait()  # for the folder
+        return _run_steps(run, on_step, progress)
+
+
+@contextmanager
+def claimed(cfg: CraftTrainConfig) -> Iterator[None]:
+    """Keep the output folder for this run, and give errors of its steps a name.
+
+    Raises:
+        FileExistsError: It was made by another run since this one was prepared.
+        BlockingIOError: Another process trains in it.
+        OSError: Something could not be written, or a data worker died.
+    """
+    folder = cfg.output_dir
+    assert folder is not None
+    try:
+        folder.mkdir(parents=True, exist_ok=cfg.resume)
+    except FileExistsError as error:
+        raise FileExistsError(f"another run has made {folder} meanwhile; choose another --output_dir") from error
+    with locked(folder / LOCK_FILE, f"the output folder {folder}"), written_to(folder):
+        yield
+
+
+def _run_steps(run: Run, on_step: Callable[[StepRecord], None] | None, progress: bool) -> TrainSummary:
     cfg, parts = run.cfg, run.parts
     assert cfg.policy is not None and cfg.output_dir is not None
     mode = cfg.craft.retention_mode if cfg.craft.enabled else "none"
-    wandb = WandBLogger(cfg) if cfg.wandb.enable and cfg.wandb.project else None
-    journal = Journal(MetricsFile(cfg.output_dir / METRICS_FILE, run.start), cfg.steps, mode, on_step, wandb)
+    is_main = run.ranks.is_main
+    wandb = WandBLogger(cfg) if cfg.wandb.enable and cfg.wandb.project and is_main else None
+    metrics_file = cfg.output_dir / METRICS_FILE
+    file = MetricsFile(metrics_file, run.start) if is_main else None
+    journal = Journal(file, cfg.steps, mode, on_step, wandb)
     precision = precision_context(cfg.policy)
     batches = _task_batches(run)
     saved: Path | None = None
     say(f"Output directory: {cfg.output_dir}")
     started = time.perf_counter()
-    bar = tqdm(total=cfg.steps, initial=run.start, desc="Training", unit="step", disable=None if progress else True)
+    hidden = None if progress and is_main else True  # None: where there is no terminal
+    bar = tqdm(total=cfg.steps, initial=run.start, desc="Training", unit="step", disable=hidden)
     try:
         for step in range(run.start + 1, cfg.steps + 1):
             fetched = time.perf_counter()
@@ -285,7 +393,9 @@ def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, 
                     wandb.log_policy(saved)
             if cfg.env is not None and cfg.env_eval_freq > 0 and step % cfg.env_eval_freq == 0:
                 with _randomness_kept():
-                    _evaluate_in_env(run, step, precision, wandb)
+                    if is_main:
+                        _evaluate_in_env(run, step, precision, wandb)
+                    run.ranks.wait()
     finally:
         bar.close()
         journal.flush(show=False)
@@ -294,7 +404,7 @@ def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, 
         output_dir=cfg.output_dir,
         steps=cfg.steps,
         checkpoint=saved or (checkpoint.latest_checkpoint(cfg.output_dir) if cfg.save_checkpoint else None),
-        metrics_file=journal.file.file,
+        metrics_file=metrics_file,
         skipped_steps=journal.skipped_steps,
         seconds=time.perf_counter() - started,
         last=journal.last,
@@ -306,7 +416,7 @@ class Journal:
 
     def __init__(
         self,
-        file: MetricsFile,
+        file: MetricsFile | None,
         steps: int,
         mode: str,
         on_step: Callable[[StepRecord], None] | None,
@@ -328,7 +438,8 @@ class Journal:
         waiting, self._waiting = self._waiting, []
         records = read_steps(waiting, self._steps, self._mode)
         if records:
-            self.file.append(records)
+            if self.file is not None:
+                self.file.append(records)
             self.last = records[-1]
         for record in records:
             if record.retention_loss is not None:
@@ -361,37 +472,32 @@ def _check_retention(cfg: CraftTrainConfig) -> None:
         )
 
 
-def _check_resumable(cfg: CraftTrainConfig) -> None:
+def _check_resumable(cfg: CraftTrainConfig, processes: int) -> None:
     """Before anything heavy is built: the checkpoint is whole, and of CRaFT's loop."""
     assert cfg.checkpoint_path is not None
     state = cfg.checkpoint_path / TRAINING_STATE_DIR
     checkpoint.CraftState.read(state / checkpoint.CRAFT_STATE_FILE)
+    checkpoint.check_training_state(cfg.checkpoint_path)
     done = load_json(state / TRAINING_STEP)["step"]
     if done >= cfg.steps:
         raise ValueError(
             f"{cfg.checkpoint_path} has {done} steps behind it, and --steps={cfg.steps}; nothing is left to do, pass a "
             f"larger --steps"
         )
-    before = load_training_batch_size(cfg.checkpoint_path)
-    if before not in (None, cfg.batch_size):
+    before = load_training_batch_size(cfg.checkpoint_path), load_training_num_processes(cfg.checkpoint_path) or 1
+    if before[0] is not None and before[0] * before[1] != cfg.batch_size * processes:
         raise ValueError(
-            f"{cfg.checkpoint_path} was trained with --batch_size={before}, got {cfg.batch_size}; the order of samples "
-            f"cannot be found again, resume with --batch_size={before}"
+            f"{cfg.checkpoint_path} was trained with --batch_size={before[0]} in {before[1]} processes, got "
+            f"--batch_size={cfg.batch_size} in {processes}; the order of samples cannot be found again, resume with "
+            f"the same product, as --batch_size={max(1, before[0] * before[1] // processes)}"
         )
     if cfg.dataset.streaming:
         raise ValueError("a streamed dataset has no order to resume in; pass --dataset.streaming=false")
 
 
-def _refuse_processes() -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise ValueError(
-            f"WORLD_SIZE={world}: CRaFT trains in one process so far (λ and the conflict decision would differ between "
-            f"several); start it with python train.py, without torchrun or accelerate launch"
-        )
-
-
 def _datasets(cfg: CraftTrainConfig) -> tuple[LeRobotDataset, LeRobotDataset | None]:
+    if cfg.dataset.root is not None:
+        check_seal(Path(cfg.dataset.root), "record it again, or restore it from a copy")
     try:
         return make_train_eval_datasets(cfg)
     except (OSError, HTTPError) as error:
@@ -433,14 +539,17 @@ def _task_batches(run: Run) -> Iterator[dict[str, Any]]:
             absolute_to_relative_idx=dataset.absolute_to_relative_idx,
         )
         drawn = run.start * cfg.gradient_accumulation_steps
-        sampler.load_state_dict(compute_sampler_state(drawn, len(sampler), cfg.batch_size, 1))
+        sampler.load_state_dict(compute_sampler_state(drawn, len(sampler), cfg.batch_size, run.ranks.count))
     # A generator of its own: a loader draws a seed at every epoch, and from the global generator that draw would make
     # a resumed run differ from an uninterrupted one.
     generator = torch.Generator()
+    order: dict[str, Any] = {"batch_size": cfg.batch_size, "sampler": sampler}
+    if sampler is not None and run.ranks.count > 1:
+        # Together the processes take what one with their batches in a row would take.
+        order = {"batch_sampler": run.ranks.shares(sampler, cfg.batch_size)}
     loader = DataLoader(
         kept,
-        batch_size=cfg.batch_size,
-        sampler=sampler,
+        **order,
         num_workers=workers,
         generator=generator,
         collate_fn=lerobot_collate_fn if dataset.meta.has_language_columns else None,
@@ -451,7 +560,9 @@ def _task_batches(run: Run) -> Iterator[dict[str, Any]]:
     )
     epoch = sampler.state_dict()["epoch"] if sampler is not None else 0
     while True:
-        generator.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+        # Of the process too: the workers' augmentations shall not be the same everywhere.
+        entropy = np.random.SeedSequence([seed, epoch, run.ranks.rank])
+        generator.manual_seed(int(entropy.generate_state(1)[0]))
         for batch in loader:
             yield _as_floats(batch, dataset)
         epoch += 1
@@ -470,22 +581,29 @@ def _as_floats(batch: dict[str, Any], dataset: LeRobotDataset) -> dict[str, Any]
 
 
 def save_run(run: Run, step: int) -> Path:
-    """Save a checkpoint, push it where the run asks for that, and return its folder."""
-    term = run.term
-    folder = checkpoint.save(
-        run.cfg,
-        step,
-        run.parts.policy,
-        run.parts.optimizer,
-        run.parts.scheduler,
-        (run.preprocessor, run.postprocessor),
-        anchor_positions=term.positions if term is not None else (),
-        cache_digests=term.digests if term is not None else (),
-    )
-    say(f"Checkpoint: {folder}")
-    if run.cfg.save_checkpoint_to_hub:
-        assert run.cfg.policy is not None
-        push_checkpoint_to_hub(folder, run.cfg.policy.repo_id, private=run.cfg.policy.private)
+    """Save a checkpoint, push it where the run asks for that, and return its folder; all processes call it."""
+    cfg, parts, term, ranks = run.cfg, run.parts, run.term, run.ranks
+    assert cfg.policy is not None and cfg.output_dir is not None
+    folder = get_step_checkpoint_dir(cfg.output_dir, cfg.steps, step)
+    gathered = full_state(parts.policy, parts.optimizer) if ranks.sharded else None
+    if ranks.is_main:
+        checkpoint.save(
+            cfg,
+            step,
+            ranks.unwrap(parts.policy),
+            parts.optimizer,
+            parts.scheduler,
+            (run.preprocessor, run.postprocessor),
+            anchor_positions=term.positions if term is not None else (),
+            cache_digests=term.digests if term is not None else (),
+            dataset=run.data,
+            processes=ranks.count,
+            gathered=gathered,
+        )
+        say(f"Checkpoint: {folder}")
+        if cfg.save_checkpoint_to_hub:
+            push_checkpoint_to_hub(folder, cfg.policy.repo_id, private=cfg.policy.private)
+    ranks.wait()
     return folder
 
 
@@ -513,11 +631,12 @@ def _report_eval_loss(run: Run, step: int, precision: Any, wandb: WandBLogger | 
         kept = torch.utils.data.Subset(kept, chosen.tolist())
     collate = lerobot_collate_fn if dataset.meta.has_language_columns else None
     loader = DataLoader(kept, batch_size=cfg.batch_size, collate_fn=collate)
-    run.parts.policy.eval()
+    policy = run.ranks.unwrap(run.parts.policy)
+    policy.eval()
     losses = []
     for batch in loader:
         with precision:
-            loss, _ = run.parts.policy(run.preprocessor(_as_floats(batch, dataset)))
+            loss, _ = policy(run.preprocessor(_as_floats(batch, dataset)))
         losses.append(loss.double())
     mean = torch.stack(losses).mean().item()
     say(f"Step {step}/{cfg.steps} eval_loss={mean:.4f}")
@@ -535,12 +654,13 @@ def _evaluate_in_env(run: Run, step: int, precision: Any, wandb: WandBLogger | N
     assert cfg.env is not None and cfg.output_dir is not None
     env_preprocessor, env_postprocessor = make_env_pre_post_processors(env_cfg=cfg.env, policy_cfg=cfg.policy)
     envs = make_env(cfg.env, n_envs=cfg.eval.batch_size, use_async_envs=cfg.eval.use_async_envs)
-    run.parts.policy.eval()
+    policy = run.ranks.unwrap(run.parts.policy)
+    policy.eval()
     try:
         with torch.no_grad(), precision:
             info = eval_policy_all(
                 envs=envs,
-                policy=run.parts.policy,
+                policy=policy,
                 env_preprocessor=env_preprocessor,
                 env_postprocessor=env_postprocessor,
                 preprocessor=run.preprocessor,
@@ -563,9 +683,9 @@ def _evaluate_in_env(run: Run, step: int, precision: Any, wandb: WandBLogger | N
 def _push(run: Run) -> None:
     """Push the trained policy to the hub where the run asks for it, as LeRobot's trainer does."""
     cfg = run.cfg
-    if cfg.policy is None or not cfg.policy.push_to_hub or cfg.dry_run:
+    if cfg.policy is None or not cfg.policy.push_to_hub or cfg.dry_run or not run.ranks.is_main:
         return
-    policy: Any = run.parts.policy
+    policy: Any = run.ranks.unwrap(run.parts.policy)
     policy.push_model_to_hub(cfg, peft_model=policy if cfg.policy.use_peft else None, dataset_meta=run.dataset.meta)
     run.preprocessor.push_to_hub(cfg.policy.repo_id)
     run.postprocessor.push_to_hub(cfg.policy.repo_id)

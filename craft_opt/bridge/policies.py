@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from draccus.utils import DecodingError, ParsingError
 from httpx import HTTPError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -19,18 +19,29 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy, make_policy, make_pre_post_processors
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline, RenameObservationsProcessorStep
 from lerobot.processor.pipeline import ProcessorMigrationError
-from safetensors import safe_open
+from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 # Makes --policy.type=pi0_fast_tiny and saved tiny policies known to LeRobot.
 import craft_opt.bridge.quickstart.configuration_pi0_fast_tiny  # noqa: F401
 from craft_opt.bridge.fingerprints import teacher_fingerprint
+from craft_opt.bridge.seals import check_seal
+from craft_opt.bridge.untrusted import brief, read_json
+from craft_opt.bridge.untrusted_policy import (
+    check_adapter,
+    check_policy_config,
+    check_processor,
+    check_ranks,
+    remote_code,
+)
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+_OTHER_POLICY = "take another checkpoint, or restore it from a copy"
 _MIGRATION = "lerobot.processor.migrate_policy_normalization"
 _FORMER_ACTION_TOKENIZER, _ACTION_TOKENIZER = "physical-intelligence/fast", "lerobot/fast-action-tokenizer"
 _LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
@@ -42,21 +53,45 @@ def read_policy_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Pre
 
     Raises:
         FileNotFoundError: There is no configuration there.
+        ValueError: It is damaged, or none of a policy.
     """
+    check_policy_config(path)
+    _check_place(path)
     try:
         config = PreTrainedConfig.from_pretrained(path, cli_overrides=list(overrides))
     except (OSError, HTTPError) as error:
         raise FileNotFoundError(
             f"--policy.path={path} is no folder of a saved policy, and could not be fetched from the hub ({error})"
         ) from error
+    except (DecodingError, ParsingError) as error:
+        why = f"{error} {error.__cause__ or ''}".strip()
+        raise ValueError(f"--policy.path={path} has settings that its policy type has not: {brief(why)}") from error
     config.pretrained_path = Path(path)
     return config
 
 
+def _check_place(path: str | Path) -> None:
+    # Of what can be no name either, the hub's client would tell which characters a name may have.
+    if not Path(path).is_dir() and (Path(path).is_absolute() or str(path).startswith(".") or str(path).count("/") > 1):
+        raise FileNotFoundError(
+            f"--policy.path={path} does not exist; give the folder of a saved policy, or a name on the hub"
+        )
+
+
 def load_policy(
-    config: PreTrainedConfig, ds_meta: LeRobotDatasetMetadata, rename_map: Mapping[str, str] | None = None
+    config: PreTrainedConfig,
+    ds_meta: LeRobotDatasetMetadata,
+    rename_map: Mapping[str, str] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedPolicy:
     """Build the policy through LeRobot, checked before (cameras, weights file) and after (every weight).
+
+    Args:
+        config: The policy's configuration.
+        ds_meta: Metadata of the dataset that gives the features.
+        rename_map: Names of the dataset's keys → the policy's.
+        trust_remote_code: Whether tokenizers may run code that lies beside them.
 
     Raises:
         FileNotFoundError: The path holds no weights.
@@ -64,9 +99,11 @@ def load_policy(
     """
     check_cameras(config, ds_meta, rename_map or {})
     weights = find_weights(config)
+    _check_seals(config)
     try:
-        policy = make_policy(cfg=config, ds_meta=ds_meta, rename_map=dict(rename_map or {}))
-    except RuntimeError as error:  # what torch and safetensors raise for missing, unexpected and misshapen tensors
+        with remote_code(trust_remote_code):
+            policy = make_policy(cfg=config, ds_meta=ds_meta, rename_map=dict(rename_map or {}))
+    except (RuntimeError, SafetensorError) as error:  # for missing, unexpected and misshapen tensors, and damaged files
         if "tokenizers" in str(error):  # pi0_fast, which says no more than that
             raise ValueError(f"{config.pretrained_path or config.type}: {error.__cause__}{_remedy(config)}") from error
         if weights is None:
@@ -78,6 +115,14 @@ def load_policy(
         verify = verify_adapters if config.use_peft else verify_weights
         verify(policy, weights)
     return policy
+
+
+def _check_seals(config: PreTrainedConfig) -> None:
+    """Of a local policy: its own, or that of the checkpoint it lies in."""
+    folder = Path(str(config.pretrained_path or ""))
+    if config.pretrained_path and folder.is_dir():
+        check_seal(folder, _OTHER_POLICY)
+        check_seal(folder.resolve().parent, _OTHER_POLICY, f"{folder.resolve().name}/")
 
 
 def find_weights(config: PreTrainedConfig) -> Path | None:
@@ -121,7 +166,8 @@ def _base_weights(adapter: Path) -> Path:
     Raises:
         FileNotFoundError: It is not there.
     """
-    settings = json.loads((adapter.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = check_adapter(adapter.parent / ADAPTER_CONFIG)
+    check_ranks(settings, adapter.parent / ADAPTER_CONFIG, adapter)
     base = settings.get("base_model_name_or_path")
     try:
         return _file_at(str(base), WEIGHTS_FILE, settings.get("revision"))
@@ -218,6 +264,7 @@ def make_processors(
     *,
     stats: Mapping[str, Any] | None,
     rename_map: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """Build a policy's pre- and postprocessor, with the statistics saved beside it or with given ones.
 
@@ -225,13 +272,22 @@ def make_processors(
         config: The policy's configuration, features filled in (LeRobot's ``make_policy`` does that).
         stats: Statistics to normalise with; None keeps the saved ones.
         rename_map: Names of the dataset's keys → the policy's.
+        trust_remote_code: Whether tokenizers may run code that lies beside them.
 
     Raises:
-        ValueError: There is nothing to normalise with.
+        ValueError: There is nothing to normalise with, or a saved processor does not load or names what it must not.
     """
+    with remote_code(trust_remote_code):
+        return _make_processors(config, stats, rename_map)
+
+
+def _make_processors(
+    config: PreTrainedConfig, stats: Mapping[str, Any] | None, rename_map: Mapping[str, str] | None
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     features = {**(config.input_features or {}), **(config.output_features or {})}
     if not config.pretrained_path:
         return make_pre_post_processors(config, dataset_stats=stats)
+    _check_processors(str(config.pretrained_path), config.pretrained_revision)
     normalizer: dict[str, Any] = {"features": features, "norm_map": config.normalization_mapping}
     unnormalizer: dict[str, Any] = {**normalizer, "features": config.output_features}
     if stats is not None:
@@ -270,12 +326,25 @@ def make_processors(
             f"{config.pretrained_path} was saved before LeRobot had processors, and its statistics lie among its "
             f"weights; convert it once with: python -m {_MIGRATION} --pretrained-path={config.pretrained_path}"
         ) from error
-    except (OSError, ValueError, KeyError, HTTPError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError, HTTPError) as error:
         raise ValueError(
             f"the processors saved with {config.pretrained_path} do not load: {error}{_remedy(config)}"
         ) from error
     _check_statistics(config, pre)
     return pre, post
+
+
+def _check_processors(path: str, revision: str | None) -> None:
+    """Of a folder, or of the files that LeRobot is about to fetch from the hub."""
+    for name in (f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"):
+        file = Path(path) / name
+        if not Path(path).is_dir():
+            try:
+                file = Path(hf_hub_download(path, name, revision=revision))
+            except (OSError, HTTPError, HFValidationError):
+                continue  # LeRobot says so
+        if file.is_file():
+            check_processor(file)
 
 
 def _remedy(config: PreTrainedConfig) -> str:
@@ -356,7 +425,8 @@ def policy_type_at(path: str | Path) -> str | None:
     file = Path(path) / "config.json"
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8")).get("type")
+    content = read_json(file, "take a policy written by save_pretrained, or restore it from a copy")
+    found = content.get("type") if isinstance(content, dict) else None
     return found if isinstance(found, str) else None
 
 

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from craft_opt.bridge import features
 from craft_opt.bridge.anchor_cache import AnchorBatch, AnchorCache, AnchorOrder
-from craft_opt.bridge.anchor_manifest import rebuild_hint
+from craft_opt.bridge.anchor_manifest import build_command, rebuild_hint
 from craft_opt.bridge.anchor_shards import process_anchors
 from craft_opt.bridge.features import (
     Features,
@@ -194,6 +195,8 @@ class Retention:
         config: Settings of the method.
         seed: Seed of the orders of anchors.
         make_term: Makes the loss of one cache, None for what ``config.retention_mode`` says.
+        rank: Number of this process; each draws ``anchor_batch_size`` anchors of its own.
+        processes: How many processes draw together.
     """
 
     def __init__(
@@ -203,11 +206,16 @@ class Retention:
         config: CraftConfig,
         seed: int,
         make_term: MakeTerm | None = None,
+        *,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         self.weights = cache_weights(config)
         self.counts = shares(config.anchor_batch_size, self.weights)
         make_term = make_term or TERMS[config.retention_mode]
         self.terms = [make_term(cache, preprocessor, config, seed) for cache in caches]
+        for term in self.terms:
+            term.order.rank, term.order.processes = rank, processes
 
     def loss(self, policy: nn.Module) -> Tensor:
         """L_ret on the next batch of anchors, fp32 with a graph."""
@@ -334,12 +342,13 @@ def _check_kind(cache: AnchorCache, config: CraftConfig) -> None:
     if manifest.kind != kind:
         raise ValueError(
             f"{cache.folder} is a {manifest.kind!r} cache, and craft.retention_mode is {kind!r}; pass "
-            f"--retention-mode {manifest.kind}, or {rebuild_hint(cache.folder)} --kind={kind}"
+            f"--retention-mode {manifest.kind}, or build another: {build_command(Path('<folder>'))} --kind={kind}"
         )
     if kind == "token_ce" and config.token_loss == "kl" and not manifest.top_k:
         raise ValueError(
             f"{cache.folder} holds the teacher's tokens without its probabilities (top_k 0), and craft.token_loss=kl "
-            f"needs them; pass --craft.token_loss=ce, or {rebuild_hint(cache.folder)} --kind=token_ce --top-k=8"
+            f"needs them; pass --craft.token_loss=ce, or build another: {build_command(Path('<folder>'))} "
+            f"--kind=token_ce --top-k=8"
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from craft_opt import CraftOptimizer, StepMetrics
+from craft_opt.bridge.processes import ALONE, Ranks
 
 
 class RetentionTerm(Protocol):
@@ -28,7 +29,7 @@ class StepResult:
 
     Attributes:
         step: Number of the step, counted from 1.
-        loss: Task loss, shape (); the mean over the micro-batches.
+        loss: Task loss, shape (); the mean over the micro-batches and processes.
         metrics: The optimizer's metrics.
         measured: Whether the step measured L_ret.
         lr: Learning rate that it used.
@@ -52,16 +53,18 @@ class Trained:
     """The parts that a step works on.
 
     Attributes:
-        policy: The student.
+        policy: The student, as the task's forward has to call it.
         optimizer: It owns λ, the clip and the clock.
         scheduler: Of the learning rate, if any.
         term: L_ret, None without retention.
+        ranks: The processes of the run.
     """
 
     policy: nn.Module
     optimizer: CraftOptimizer
     scheduler: LRScheduler | None
     term: RetentionTerm | None
+    ranks: Ranks = ALONE
 
 
 def train_step(
@@ -82,34 +85,36 @@ def train_step(
         data_s: Seconds that the batches took.
     """
     started = time.perf_counter()
-    policy, optimizer = parts.policy, parts.optimizer
+    policy, optimizer, term, ranks = parts.policy, parts.optimizer, parts.term, parts.ranks
+    student = ranks.unwrap(policy)
     policy.train()
     lr = float(optimizer.param_groups[0]["lr"])
-    measured = parts.term is not None and optimizer.retention_due
-    if parts.term is not None and measured:
+    measured = term is not None and optimizer.retention_due
+    if term is not None and measured:
         with precision:
-            retention_loss = parts.term.loss(policy)
+            retention_loss = ranks.inside_forward(policy, lambda: term.loss(student))
         with optimizer.retention(retention_loss):
             retention_loss.backward()
     losses = []
-    for batch in batches:
-        with precision:
-            # The call, not .forward: wrappers (PEFT) act on the call.
-            loss, _ = policy(batch)
-        (loss / len(batches)).backward()
+    for number, batch in enumerate(batches, start=1):
+        with ranks.quietly(policy, is_last=number == len(batches)):
+            with precision:
+                # The call, not .forward: wrappers (DDP, PEFT) act on the call.
+                loss, _ = policy(batch)
+            (loss / len(batches)).backward()
         losses.append(loss.detach().to(torch.float32))
     optimizer.step()
     optimizer.zero_grad()
     if parts.scheduler is not None:
         parts.scheduler.step()
-    if callable(update := getattr(policy, "update", None)):
+    if callable(update := getattr(student, "update", None)):
         update()  # policies with running averages of their own, as in LeRobot's loop
     return StepResult(
         step=step,
-        loss=torch.stack(losses).mean(),
+        loss=ranks.mean(torch.stack(losses).mean()),
         metrics=optimizer.metrics(),
         measured=measured,
-        retains=parts.term is not None,
+        retains=term is not None,
         lr=lr,
         data_s=data_s,
         update_s=time.perf_counter() - started,

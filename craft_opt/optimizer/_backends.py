@@ -467,7 +467,7 @@ def _fused_adamw(
 
 def _mask(present: Sequence[bool], device: torch.device) -> Tensor:
     if all(present):
-        return torch.ones((), device=device)
+        return torch.ones((), dtype=torch.float32, device=device)
     return torch.tensor(present, dtype=torch.float32).to(device, non_blocking=True)
 
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from craft_opt.kernels.surgery_adamw import SegmentSpec, SurgeryBuffers, SurgeryPlan
+from craft_opt.optimizer._shards import is_sharded, like, local_part
 
 # Elements from which a gradient is copied in the hook. Below it, one multi-tensor copy a step is cheaper than a
 # launch each (a launch costs about what 64k bf16 elements cost to move on a current data-centre GPU).
@@ -29,7 +31,10 @@ ALIGNMENT = 16  # bytes; the kernel's 128-bit accesses
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """One trainable parameter and where its numbers lie in the flat buffers of its device."""
+    """One trainable parameter and where its numbers lie in the flat buffers of its device.
+
+    Of a DTensor this process' part is meant throughout; ``param`` and its ``.grad`` alone are the whole.
+    """
 
     param: Tensor
     group: int
@@ -53,11 +58,48 @@ class Slot:
     ret_dirty: bool = False
     # A dense, aligned stand-in where the parameter itself is not (slices, odd storage offsets).
     staged: Tensor | None = None
+    # Asked for in every step, so found out once.
+    sharded: bool = False
+
+    @property
+    def part(self) -> Tensor:
+        """What this process holds of the parameter."""
+        return local_part(self.param) if self.sharded else self.param
+
+    def forget(self) -> None:
+        """Start from zero steps and zero moments."""
+        for tensor in (self.step, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq):
+            if tensor is not None:
+                tensor.zero_()
 
     @property
     def target(self) -> Tensor:
         """The tensor whose memory is updated."""
-        return self.param if self.staged is None else self.staged
+        if self.staged is not None:
+            return self.staged
+        return local_part(self.param) if self.sharded else self.param
+
+    @property
+    def grad(self) -> Tensor | None:
+        """What this process holds of ``.grad``.
+
+        Raises:
+            RuntimeError: It is distributed in another way than the parameter.
+        """
+        grad: Any = self.param.grad
+        if grad is None or not self.sharded:
+            return grad
+        param: Any = self.param
+        if grad.placements != param.placements:
+            raise RuntimeError(
+                f"a gradient is distributed as {grad.placements} and its parameter as {param.placements}; "
+                f"CraftOptimizer needs gradients that fully_shard has reduced and scattered"
+            )
+        return local_part(grad)
+
+    @grad.setter
+    def grad(self, part: Tensor | None) -> None:
+        self.param.grad = None if part is None else like(self.param, part)
 
 
 class DeviceLayout:
@@ -74,7 +116,7 @@ class DeviceLayout:
         self.amsgrad = amsgrad
         self.in_place = in_place
         self.streams = [stream for _, _, stream in params]
-        segments = [SegmentSpec(p.dtype, p.numel(), group, stream) for p, group, stream in params]
+        segments = [SegmentSpec(p.dtype, local_part(p).numel(), group, stream) for p, group, stream in params]
         self.plan = SurgeryPlan(segments, device)
         self.buffers = SurgeryBuffers.allocate(self.plan, amsgrad=amsgrad, task=not in_place, retention=False)
         self.task_present: list[bool] = []
@@ -83,8 +125,8 @@ class DeviceLayout:
         self.backend_state: object = None
         self.slots = [self._make_slot(i, p, group) for i, (p, group, _) in enumerate(params)]
 
-    def _make_slot(self, i: int, p: Tensor, group: int) -> Slot:
-        plan, buffers = self.plan, self.buffers
+    def _make_slot(self, i: int, param: Tensor, group: int) -> Slot:
+        plan, buffers, p = self.plan, self.buffers, local_part(param)
         dense = _is_dense(p)
         stride = p.stride() if dense else torch.empty(p.shape, device="meta").stride()
         aligned = p.data_ptr() % ALIGNMENT == 0
@@ -95,7 +137,7 @@ class DeviceLayout:
 
         moment = plan.moment_offset[i]
         return Slot(
-            param=p,
+            param=param,
             group=group,
             segment=i,
             dtype=p.dtype,
@@ -108,12 +150,13 @@ class DeviceLayout:
             max_exp_avg_sq=None if buffers.vmax is None else view(buffers.vmax, moment),
             step=buffers.steps[i],
             staged=staged,
+            sharded=is_sharded(param),
         )
 
     def matches(self, slot: Slot) -> bool:
         """Whether the parameter of a slot is still what was laid out, wherever its memory now lies."""
-        p = slot.param
-        if p.dtype != slot.dtype or p.size() != slot.size or p.device != self.device or not p.requires_grad:
+        p = slot.part
+        if p.dtype != slot.dtype or p.size() != slot.size or p.device != self.device or not slot.param.requires_grad:
             return False
         needs_stage = not (_is_dense(p) and p.data_ptr() % ALIGNMENT == 0)
         return needs_stage == (slot.staged is not None) and (needs_stage or p.stride() == slot.stride)
@@ -144,9 +187,9 @@ class DeviceLayout:
 
     def _refer(self, *, retention: bool) -> None:
         for slot in self.slots:
-            grad = slot.param.grad
+            grad = slot.grad if slot.sharded else slot.param.grad
             if grad is not None:
-                check_grad(grad)
+                check_grad(grad, slot.dtype)
                 if grad.requires_grad:
                     grad = grad.detach()
                 # The kernel walks a gradient and its parameter in the same order of memory.
@@ -162,7 +205,7 @@ class DeviceLayout:
         sources: list[Tensor] = []
         stale: list[Tensor] = []
         for slot in self.slots:
-            grad = slot.param.grad
+            grad = slot.grad if slot.sharded else slot.param.grad
             view = slot.ret_view if retention else slot.task_view
             assert view is not None, "ensure_retention() comes before land(retention=True)"
             if grad is None:
@@ -171,11 +214,15 @@ class DeviceLayout:
                     stale.append(view)
                     slot.task_dirty = False
             elif grad is not view:
-                check_grad(grad)
-                targets.append(view)
-                sources.append(grad.detach())
+                check_grad(grad, slot.dtype)
+                # A DTensor's local tensor may be a view of ours: the same memory under another name.
+                if grad.data_ptr() != view.data_ptr():
+                    targets.append(view)
+                    sources.append(grad.detach())
             if grad is not None:
-                slot.param.grad = view
+                # Making a DTensor a step costs more than the room that FSDP's own gradient takes until it is cleared.
+                if not slot.sharded:
+                    slot.param.grad = view
                 if retention:
                     slot.ret_present = slot.ret_dirty = True
                 else:
@@ -185,15 +232,36 @@ class DeviceLayout:
         if stale:
             torch._foreach_zero_(stale)
 
+    def flat_retention(self) -> list[Tensor]:
+        """The retention gradients as flat buffers, one a dtype, zero where there is none: what can be averaged at once.
+
+        Where gradients stay in place they are moved into such buffers, for this step.
+        """
+        if not self.in_place:
+            self._clear_stale_retention()
+            return list(self.buffers.grads_ret.values())
+        flats = {
+            dtype: torch.zeros(numel, dtype=dtype, device=self.device) for dtype, numel in self.plan.grad_numel.items()
+        }
+        for slot in self.slots:
+            view = torch.as_strided(flats[slot.dtype], slot.size, slot.stride, slot.grad_offset)
+            if slot.ret_present and slot.ret_view is not None:
+                view.copy_(slot.ret_view)
+            slot.ret_view = view
+        return list(flats.values())
+
     def settle_retention(self) -> bool:
         """Zero the retention segments that hold an old gradient; return whether any gradient is pending."""
+        self._clear_stale_retention()
+        self.ret_present = [slot.ret_present for slot in self.slots]
+        return any(self.ret_present)
+
+    def _clear_stale_retention(self) -> None:
         stale = [slot for slot in self.slots if slot.ret_dirty and not slot.ret_present]
         if stale:
             torch._foreach_zero_([slot.ret_view for slot in stale if slot.ret_view is not None])
             for slot in stale:
                 slot.ret_dirty = False
-        self.ret_present = [slot.ret_present for slot in self.slots]
-        return any(self.ret_present)
 
     @property
     def reached(self) -> list[bool]:
@@ -220,17 +288,22 @@ class DeviceLayout:
         """Copy parameters that the backends cannot address into their stand-ins."""
         for slot in self.slots:
             if slot.staged is not None:
-                slot.staged.copy_(slot.param)
+                slot.staged.copy_(slot.part)
 
     def stage_out(self) -> None:
         """Copy the stand-ins back."""
         for slot in self.slots:
             if slot.staged is not None:
-                slot.param.copy_(slot.staged)
+                slot.part.copy_(slot.staged)
 
 
-def check_grad(grad: Tensor) -> None:
-    """Refuse gradients that have no dense flat form."""
+def check_grad(grad: Tensor, dtype: torch.dtype) -> None:
+    """Refuse gradients that have no dense flat form, or another dtype than their parameter."""
+    if grad.dtype != dtype:
+        raise RuntimeError(
+            f"CraftOptimizer needs gradients of their parameter's dtype, got {grad.dtype} for {dtype}; "
+            f"leave the parameter's grad_dtype as it is, or cast: p.grad = p.grad.to(p.dtype)"
+        )
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"CraftOptimizer needs dense gradients, got layout {grad.layout}; "

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import is_available as distributed_available
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
@@ -28,14 +28,33 @@ from craft_opt.optimizer._backends import (
 )
 from craft_opt.optimizer._layout import LAND_AT_ONCE, DeviceLayout, Slot, check_grad, group_by_device
 from craft_opt.optimizer._metrics import StepMetrics
+from craft_opt.optimizer._processes import Processes, RetentionAverage, world_size
+from craft_opt.optimizer._shards import like, local_part, part_like
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "numba", "torch")
 DUAL_KEY = "craft_dual"
-REUSED_KEY = "craft_reused"
+REUSED_KEY, AGE_KEY = "craft_reused", "craft_reused_age"
 SETTINGS = ("config", "max_grad_norm", "backend", "total_steps")
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class ParameterState(dict[str, Any]):
+    """A parameter's entry in ``optimizer.state``; what is assigned to a moment goes into the flat buffer it lies in."""
+
+    @torch.no_grad()
+    def __setitem__(self, name: str, value: Any) -> None:
+        held = self.get(name)
+        if isinstance(held, Tensor) and held.shape == torch.as_tensor(value).shape:
+            held.copy_(torch.as_tensor(value))
+        else:
+            super().__setitem__(name, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Assign every item, as ``dict.update`` does."""
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
 
 class CraftOptimizer(Optimizer):
@@ -66,10 +85,22 @@ class CraftOptimizer(Optimizer):
             stays at ``epsilon_start``.
         amsgrad: As in ``torch.optim.AdamW``.
         maximize: As in ``torch.optim.AdamW``; both gradients are negated.
+        foreach: Taken for AdamW's sake and kept in the param groups; ``backend`` chooses the implementation.
+        capturable: The same; True also keeps ``step`` on the parameter's device in the state dict, as in AdamW.
+        differentiable: Only False.
+        fused: As ``capturable``.
+        process_group: The torch.distributed group of the processes that train this model; None takes the default one.
+
+    With several processes every one of them calls the same methods in the same order. Replicas: wrap the model in
+    DistributedDataParallel, which averages the task gradients; the retention gradients and L_ret are averaged here, so
+    the retention loss runs on the module inside (``ddp.module``). Shards: ``fully_shard`` (FSDP2) averages both
+    gradients; λ's state and the moments go through ``torch.distributed.checkpoint``. Every process takes the same
+    decisions, and a gradient or loss that is not finite in one of them skips the step in all.
 
     Raises:
         ValueError: A setting is out of its range, or a parameter has a dtype or device that is not supported.
-        RuntimeError: More than one process, DTensor parameters or sparse gradients.
+        RuntimeError: Sparse gradients; ``foreach`` with ``fused``; parameters of FSDP1, of DeepSpeed, or distributed in
+            different ways; replicas whose task gradients differ at the first step.
 
     Source: AdamW, Loshchilov and Hutter (arXiv 1711.05101), Algorithm 2, in torch's form; projection, Yu et al.
     (arXiv 2001.06782), Algorithm 1, and Chaudhry et al. (arXiv 1812.00420), equation 11. Deviations: see
@@ -106,10 +137,19 @@ class CraftOptimizer(Optimizer):
         total_steps: int | None = None,
         amsgrad: bool = False,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: Any = None,
     ) -> None:
-        _refuse_distributed()
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if isinstance(max_grad_norm, bool):
+            raise ValueError(
+                f"max_grad_norm must be a number above 0, or None for no clip, got {max_grad_norm!r}; AdamW's sixth "
+                f"argument is amsgrad, which has to be named here: amsgrad={max_grad_norm!r}"
+            )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, or None for no clip, got {max_grad_norm!r}")
         if total_steps is not None and total_steps < 1:
@@ -118,6 +158,7 @@ class CraftOptimizer(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.backend = backend
         self.total_steps = total_steps
+        self.process_group = process_group
         self._start_fresh()
         # torch.optim.AdamW's group keys, in its order, so that state dicts go both ways.
         defaults = {
@@ -127,22 +168,29 @@ class CraftOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
-            "foreach": None,
-            "capturable": False,
-            "differentiable": False,
-            "fused": None,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
             "decoupled_weight_decay": True,
         }
+        self._check_settings(defaults)
         super().__init__(params, defaults)
 
     def _start_fresh(self) -> None:
         """Set everything that is neither a setting nor torch's own."""
         self._layouts: list[DeviceLayout] = []
         self._slots: dict[Tensor, Slot] = {}
-        self._signature: list[int] | None = None
+        self._signature: list[Any] | None = None
+        # What self.state was when every reached parameter had its entry.
+        self._shown: tuple[int, int, list[list[bool]]] | None = None
         self._hooks: dict[int, RemovableHandle] = {}
         weakref.finalize(self, _remove_hooks, self._hooks)
         self._backends: dict[str, Backend] = {}
+        self._processes = Processes()
+        self._average: RetentionAverage | None = None
+        self._is_local = False  # a captured retention gradient that was not averaged yet
+        self._are_alike = False  # the processes were found to hold the same model
         self._capturing = False
         self._task_backwards: set[int] = set()
         # What the first layout starts from; the layouts hold it afterwards.
@@ -167,7 +215,7 @@ class CraftOptimizer(Optimizer):
         self._hook(self.param_groups[-1]["params"])
 
     @staticmethod
-    def _check_group(group: dict[str, Any]) -> None:
+    def _check_settings(group: dict[str, Any]) -> None:
         lr, betas = group["lr"], group["betas"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a 1-element tensor, got shape {tuple(lr.shape)}")
@@ -175,17 +223,25 @@ class CraftOptimizer(Optimizer):
             if not value >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
         for i, beta in enumerate(betas):
+            if isinstance(beta, Tensor) and beta.numel() != 1:
+                raise ValueError(f"betas[{i}] must be a number or a 1-element tensor, got shape {tuple(beta.shape)}")
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"betas[{i}] must be in [0, 1), got {beta!r}")
         if group["differentiable"]:
             raise ValueError("differentiable=True is not supported: the step updates parameters in place")
-        for p in group["params"]:
-            if type(p).__name__ == "DTensor":
-                raise RuntimeError(
-                    "CraftOptimizer got a DTensor parameter; sharded training is not supported yet, "
-                    "build the optimizer from the unsharded module's parameters"
-                )
-            if p.dtype not in kernel.SUPPORTED_DTYPES:
+        if group["foreach"] and group["fused"]:
+            raise RuntimeError("foreach=True and fused=True exclude each other, as in AdamW; leave both out")
+
+    @classmethod
+    def _check_group(cls, group: dict[str, Any]) -> None:
+        cls._check_settings(group)
+        cls._check_dtypes(group["params"])
+
+    @staticmethod
+    def _check_dtypes(params: Iterable[Tensor]) -> None:
+        """Frozen parameters may be anything, quantised weights for example."""
+        for p in params:
+            if p.requires_grad and p.dtype not in kernel.SUPPORTED_DTYPES:
                 raise ValueError(
                     f"parameters must be fp32, bf16 or fp16 (moments are fp32), got {p.dtype} of shape "
                     f"{tuple(p.shape)}; use model.float()"
@@ -194,6 +250,8 @@ class CraftOptimizer(Optimizer):
     def _hook(self, params: list[Tensor]) -> None:
         opt_ref = weakref.ref(self)
 
+        # Traced, the move of .grad into a flat buffer would be lost on autograd.
+        @torch._disable_dynamo
         def landed(p: Tensor) -> None:
             opt = opt_ref()
             if opt is not None:
@@ -219,6 +277,8 @@ class CraftOptimizer(Optimizer):
         # A gradient with a graph of its own (create_graph=True) stays until the step: the caller may yet use it.
         if view is None or grad is view or grad.requires_grad or grad.layout is not torch.strided:
             return
+        if grad.dtype != view.dtype:
+            return  # refused in the step, with a sentence
         view.copy_(grad)
         p.grad = view
         if self._capturing:
@@ -236,31 +296,53 @@ class CraftOptimizer(Optimizer):
             self._task_backwards.clear()
         self._task_backwards.add(task_id)
 
+    @torch._disable_dynamo
     def _ensure_layout(self) -> list[DeviceLayout]:
         """Return the layouts, built again where parameters were added, (un)frozen, moved or changed their form."""
-        # Every step asks: one number a parameter, -1 for a frozen one.
-        signature = [p.data_ptr() if p.requires_grad else -1 for group in self.param_groups for p in group["params"]]
+        # Every step asks. Strides and dtype too: memory that was freed may be another tensor's in the same place.
+        params = [p for group in self.param_groups for p in group["params"]]
+        parts = [local_part(p) for p in params] if self._processes.sharded else params
+        signature: list[Any] = [
+            (q.data_ptr(), q.stride(), q.dtype) if p.requires_grad else None for p, q in zip(params, parts, strict=True)
+        ]
+        signature += [(len(group["params"]), group["amsgrad"]) for group in self.param_groups]
+        signature.append(world_size(self.process_group))
         if signature == self._signature:
             return self._layouts
         trainable = self._trainable()
+        self._find_processes(trainable)
         same = len(trainable) == len(self._slots) and all(
             p in self._slots and self._slots[p].group == i for p, i, _ in trainable
         )
+        amsgrad = any(group["amsgrad"] for group in self.param_groups)
+        same = same and all(layout.amsgrad or not amsgrad for layout in self._layouts)
         if not (same and all(layout.matches(slot) for layout in self._layouts for slot in layout.slots)):
             self._build(trainable)
         self._signature = signature
         return self._layouts
 
+    def _find_processes(self, trainable: list[tuple[Tensor, int, int]]) -> None:
+        processes = Processes.of([p for p, _, _ in trainable], self.process_group)
+        if processes != self._processes:
+            self._processes, self._are_alike = processes, False
+
     def _trainable(self) -> list[tuple[Tensor, int, int]]:
         """Parameters that can have a gradient, with the index of their group and their number in the state dict."""
         everything = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
-        return [(p, i, number) for number, (p, i) in enumerate(everything) if p.requires_grad]
+        # A parameter that is listed twice (torch warns of it) has one gradient, and takes one step.
+        once: dict[Tensor, tuple[Tensor, int, int]] = {}
+        for number, (p, i) in enumerate(everything):
+            if p.requires_grad:
+                once.setdefault(p, (p, i, number))
+        return list(once.values())
 
     def _build(self, trainable: list[tuple[Tensor, int, int]]) -> None:
         """Lay the parameters out afresh, keeping moments, step counts, dual state and pending gradients."""
+        self._finish_average()
         for device in {p.device for p, _, _ in trainable}:
             if device.type not in ("cpu", "cuda"):
                 raise ValueError(f"CraftOptimizer runs on CPU and CUDA devices, got parameters on {device}")
+        self._check_dtypes(p for p, _, _ in trainable)
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
         held = {
             p: (slot.ret_view, slot.ret_kept) for p, slot in self._slots.items() if slot.ret_present or slot.ret_kept
@@ -274,6 +356,7 @@ class CraftOptimizer(Optimizer):
             DeviceLayout(d, m, amsgrad, in_place=self._backends[d.type].in_place) for d, m in members.items()
         ]
         self._slots = {slot.param: slot for layout in self._layouts for slot in layout.slots}
+        self._shown = None
         self._hook([p for p, _, _ in trainable])
         for p, slot in self._slots.items():
             if self.state.get(p):
@@ -330,7 +413,7 @@ class CraftOptimizer(Optimizer):
     # -- retention -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def retention(self, loss: Tensor | float) -> Iterator[None]:
+    def retention(self, loss: Tensor | float, *, sync: bool = True) -> Iterator[None]:
         """Direct the gradients of the backward passes inside into the retention buffer.
 
         ``with opt.retention(loss): loss.backward()``. Task gradients that already lie in ``.grad`` stay as they are.
@@ -338,6 +421,8 @@ class CraftOptimizer(Optimizer):
         Args:
             loss: L_ret of these backward passes, one number, not scaled by a GradScaler; λ is held against it. Several
                 captures before one step add up, as their gradients do, so divide by the number of micro-batches.
+            sync: Whether replicas start averaging when the block ends, beside the task's forward; say False where
+                another capture follows before the step, which then averages once.
 
         Raises:
             ValueError: ``loss`` is not one number.
@@ -347,16 +432,17 @@ class CraftOptimizer(Optimizer):
             raise RuntimeError("retention() blocks do not nest: leave the first before the second")
         value = _as_scalar(loss)
         layouts = self._ensure_layout()
+        self._finish_average()
         task = {}
         for layout in layouts:
             layout.ensure_retention()
             for slot in layout.slots:
                 task[slot.param] = slot.param.grad
-                slot.param.grad = slot.ret_view if slot.ret_present else None
+                slot.grad = slot.ret_view if slot.ret_present else None
         self._capturing = True
         try:
             yield
-            self._finish_capture(value)
+            self._finish_capture(value, sync=sync)
         except BaseException:
             # Half a gradient is no gradient: the step that follows must not merge it.
             self._drop_retention()
@@ -366,7 +452,8 @@ class CraftOptimizer(Optimizer):
             for p, grad in task.items():
                 p.grad = grad
 
-    def _finish_capture(self, value: Tensor) -> None:
+    @torch._disable_dynamo
+    def _finish_capture(self, value: Tensor, *, sync: bool) -> None:
         """Land what lies in ``.grad`` in the retention buffer and add its loss."""
         if not any(slot.param.grad is not None for layout in self._layouts for slot in layout.slots):
             raise RuntimeError(
@@ -379,8 +466,25 @@ class CraftOptimizer(Optimizer):
             captured[0] += value.to(captured.device, torch.float64, non_blocking=True)
             captured[3] = 1.0
         self._age = 0
+        if self._processes.count > 1 and not self._processes.sharded:
+            self._is_local = True
+            if sync:
+                self._start_average()
 
-    def capture_retention(self, loss: Tensor | float, *, backward_passes: int | None = 1) -> None:
+    def _start_average(self) -> None:
+        """Average what was captured over the replicas, without waiting."""
+        if not self._are_alike:
+            self._processes.check_parameters(self._layouts)
+        self._average, self._is_local = RetentionAverage(self._processes, self._layouts), False
+
+    def _finish_average(self) -> None:
+        """Wait, in stream order, until the average that was started is there."""
+        if self._average is not None:
+            self._average.finish()
+            self._average = None
+
+    @torch._disable_dynamo
+    def capture_retention(self, loss: Tensor | float, *, backward_passes: int | None = 1, sync: bool = True) -> None:
         """Move the gradients that lie in ``.grad`` into the retention buffer: for loops that call backward elsewhere.
 
         ``retention_loss.backward(); opt.capture_retention(retention_loss)``.
@@ -389,6 +493,7 @@ class CraftOptimizer(Optimizer):
             loss: L_ret, as for :meth:`retention`.
             backward_passes: Backward passes whose gradients may lie in ``.grad``; None means any number. More than this
                 since the last ``zero_grad()`` or capture means that task gradients are among them.
+            sync: As for :meth:`retention`.
 
         Raises:
             ValueError: ``loss`` is not one number.
@@ -403,17 +508,18 @@ class CraftOptimizer(Optimizer):
                 f"{len(self._task_backwards)} if all of them were retention losses"
             )
         layouts = self._ensure_layout()
+        self._finish_average()
         for layout in layouts:
             layout.ensure_retention()
             for slot in layout.slots:
-                grad = slot.param.grad
+                grad = slot.grad
                 if grad is None or not slot.ret_present:
                     continue
-                check_grad(grad)
+                check_grad(grad, slot.dtype)
                 assert slot.ret_view is not None
                 slot.ret_view.add_(grad.detach())
-                slot.param.grad = slot.ret_view
-        self._finish_capture(value)
+                slot.grad = slot.ret_view
+        self._finish_capture(value, sync=sync)
         for slot in self._slots.values():
             slot.param.grad = None
         self._task_backwards.clear()
@@ -445,7 +551,10 @@ class CraftOptimizer(Optimizer):
                 scale = getattr(self, "grad_scale", None)
                 (loss if scale is None else loss * scale.to(loss.device)).backward()
 
+    @torch._disable_dynamo
     def _drop_retention(self, *, keep: bool = False) -> None:
+        self._finish_average()
+        self._is_local = False
         for layout in self._layouts:
             layout.drop_retention(keep=keep)
             layout.buffers.step_in[0] = 0.0
@@ -484,6 +593,8 @@ class CraftOptimizer(Optimizer):
         """
         return self._attempted % self.config.retention_freq == 0
 
+    # A break in the graph of a compiled training step, as torch.optim's own bookkeeping is.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do the whole update: surgery, merge, clip, AdamW, λ.
@@ -497,7 +608,6 @@ class CraftOptimizer(Optimizer):
         Raises:
             RuntimeError: A task gradient was unscaled outside while a scaled retention gradient is pending.
         """
-        _refuse_distributed()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -506,8 +616,11 @@ class CraftOptimizer(Optimizer):
         if self._attached is not None and self._attempted % self._attached[1] == 0:
             self._run_attached(self._attached[0])
 
+        if self._is_local:
+            self._start_average()
         for layout in layouts:
             layout.land(retention=False)
+        self._finish_average()
         is_measured = any(slot.ret_present for slot in self._slots.values())
         if not is_measured and any(any(layout.task_present) for layout in layouts):
             self._recall_retention()
@@ -522,31 +635,51 @@ class CraftOptimizer(Optimizer):
             if has_ret:
                 layout.ensure_retention()
             layout.stage_in()
-        if len(layouts) == 1:
+        reached = [slot for lay in layouts for slot, there in zip(lay.slots, lay.reached, strict=True) if there]
+        self._show_state(layouts, reached)
+        processes = self._processes
+        if processes.count > 1 and not processes.sharded and not self._are_alike:
+            grams = [self._backends[lay.device.type].reduce(lay, groups, rule, False) for lay in layouts]
+            processes.check_gradients(torch.stack([gram[0].to(layouts[0].device) for gram in grams]).sum())
+            self._are_alike = True
+        if len(layouts) == 1 and not processes.sharded:
             self._backends[layouts[0].device.type].step(layouts[0], groups, rule, has_ret)
         else:
             grams = [self._backends[lay.device.type].reduce(lay, groups, rule, has_ret) for lay in layouts]
             total = torch.stack([gram.to(layouts[0].device, non_blocking=True) for gram in grams]).sum(dim=0)
+            if processes.sharded:
+                total = processes.agree_on_step(total, layouts)
             for lay in layouts:
                 here = total.to(lay.device, non_blocking=True)
                 self._backends[lay.device.type].apply(lay, groups, rule, has_ret, here)
-        updated = []
         for layout in layouts:
             layout.stage_out()
-            reached = [slot for slot, there in zip(layout.slots, layout.reached, strict=True) if there]
-            updated += [slot.param for slot in reached]
-            # A default dict: whoever looked before the first step left an empty entry behind.
-            if len(self.state) < len(self._slots) or not all(self.state.values()):
-                for slot in reached:
-                    if not self.state[slot.param]:
-                        self.state[slot.param] = self._state_views(slot)
         # Memory written through raw pointers: autograd must see that saved tensors are stale.
-        torch.autograd.graph.increment_version(updated)
+        torch.autograd.graph.increment_version([slot.part if slot.sharded else slot.param for slot in reached])
         self._drop_retention(keep=has_ret and self.config.off_steps == "reuse")
         if not _is_capturing(layouts):
             self._attempted += 1
         self._stepped = True
         return loss
+
+    def _show_state(self, layouts: list[DeviceLayout], reached: list[Slot]) -> None:
+        """Let ``self.state`` show every parameter that this step reaches; one that it lacks starts afresh.
+
+        Emptying ``state``, or one parameter's entry, is how training loops reset torch's optimizers.
+        """
+        shown = (id(self.state), len(self.state), [layout.reached for layout in layouts])
+        # A default dict: whoever looked before the first step left an empty entry behind.
+        if shown == self._shown and all(self.state.values()) and {*map(type, self.state.values())} == {ParameterState}:
+            return
+        for slot in reached:
+            state = self.state.get(slot.param)
+            if not state:
+                if not _is_capturing(layouts):  # a graph would forget at every replay
+                    slot.forget()
+                self.state[slot.param] = self._state_views(slot)
+            elif type(state) is not ParameterState:
+                self._fill(slot, state)
+        self._shown = (id(self.state), len(self.state), shown[2])
 
     def _take_amp_scale(self, has_ret: bool) -> None:
         """Hand GradScaler's scale to the backends; both gradients are divided by it."""
@@ -573,9 +706,15 @@ class CraftOptimizer(Optimizer):
         gradients must keep their addresses, so backward belongs into the graph or ``zero_grad(set_to_none=False)``.
 
         Raises:
-            RuntimeError: The parameters are not on one CUDA device with the Triton backend, or no step ran before.
+            RuntimeError: The parameters are not on one CUDA device with the Triton backend, no step ran before, or
+                there are several processes.
         """
         backend = self._backends.get("cuda")
+        if self._processes.count > 1:
+            raise RuntimeError(
+                f"a captured step cannot be replayed in {self._processes.count} processes: the host takes part in "
+                f"averaging; call step() itself"
+            )
         if not self._stepped or len(self._layouts) != 1 or not isinstance(backend, TritonBackend):
             raise RuntimeError(
                 "prepare_replay() needs a captured step of the Triton backend on one CUDA device; take one step of "
@@ -607,10 +746,11 @@ class CraftOptimizer(Optimizer):
 
     @staticmethod
     def _state_views(slot: Slot) -> dict[str, Tensor]:
-        state = {"step": slot.step, "exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq}
-        if slot.max_exp_avg_sq is not None:
-            state["max_exp_avg_sq"] = slot.max_exp_avg_sq
-        return state
+        moments = {name: getattr(slot, name) for name in ADAMW_MOMENTS}
+        return ParameterState(
+            {"step": slot.step}
+            | {name: like(slot.param, moment) for name, moment in moments.items() if moment is not None}
+        )
 
     @torch.no_grad()
     def _fill(self, slot: Slot, state: dict[str, Any]) -> None:
@@ -619,7 +759,13 @@ class CraftOptimizer(Optimizer):
         for name in ADAMW_MOMENTS:
             target, source = getattr(slot, name), state.get(name)
             if target is not None and source is not None:
-                target.copy_(source)
+                part = part_like(slot.param, source)
+                if part.shape != target.shape:
+                    raise RuntimeError(
+                        f"a parameter changed its shape: {name} in optimizer.state has {tuple(part.shape)}, the "
+                        f"parameter {tuple(target.shape)}; give it moments of that shape, or `del optimizer.state[p]`"
+                    )
+                target.copy_(part)
         self.state[slot.param] = self._state_views(slot)
 
     def state_dict(self) -> dict[str, Any]:
@@ -628,9 +774,17 @@ class CraftOptimizer(Optimizer):
         ``craft_dual`` holds ``lam`` (fp64), ``t`` and ``skipped`` (int64), each of shape (). Moments are fp32. As in
         AdamW, ``step`` is fp32 on the CPU unless the group is ``capturable`` or ``fused``. This waits for the device.
         """
-        layouts = self._ensure_layout()
-        saved = super().state_dict()
-        on_host = {layout.device: layout.buffers.steps.to("cpu", copy=True) for layout in layouts}
+        self._ensure_layout()
+        # Registered first, so that the user's own hooks see the whole state dict.
+        handle = self.register_state_dict_post_hook(lambda _, saved: self._complete(saved), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _complete(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Add to torch's state dict what only this class has: λ and t, a reused gradient; ``step`` on the CPU."""
+        on_host = {layout.device: layout.buffers.steps.to("cpu", copy=True) for layout in self._layouts}
         index = 0
         first: tuple[int, Slot] | None = None
         for group in self.param_groups:
@@ -638,7 +792,7 @@ class CraftOptimizer(Optimizer):
                 slot = self._slots.get(p)
                 if slot is not None and first is None:
                     first = index, slot
-                if index in saved["state"]:
+                if saved["state"].get(index):  # empty where somebody looked before the first step
                     entry = dict(saved["state"][index])
                     if slot is not None and not (group["capturable"] or group["fused"]):
                         entry["step"] = on_host[p.device][slot.segment].clone()
@@ -646,22 +800,31 @@ class CraftOptimizer(Optimizer):
                 index += 1
         if first is not None:
             index, slot = first
-            if index not in saved["state"]:
+            if not saved["state"].get(index):
                 # Zero steps and zero moments: what AdamW itself would start from.
-                saved["state"][index] = {
-                    **self._state_views(slot),
-                    "step": on_host[slot.param.device][slot.segment].clone(),
-                }
-                saved["state"] = dict(sorted(saved["state"].items()))
+                slot.forget()
+                step = torch.zeros((), dtype=torch.float32, device="cpu")
+                saved["state"][index] = {**self._state_views(slot), "step": step}
+                # In order; what hooks put beside the parameters comes last.
+                saved["state"] = dict(sorted(saved["state"].items(), key=_number))
             saved["state"][index][DUAL_KEY] = DualState(self._dual).state_dict()
-        if self._age is not None and any(slot.ret_kept for slot in self._slots.values()):
-            # A resumed run goes on reusing the gradient, so it is part of the state.
-            saved["state"][index][DUAL_KEY]["age"] = torch.tensor(self._age)
-            numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-            for p, slot in self._slots.items():
-                if slot.ret_kept and slot.ret_view is not None:
-                    saved["state"][numbers[p]][REUSED_KEY] = slot.ret_view
+        if self.config.off_steps == "reuse":
+            self._add_reused(saved)
         return saved
+
+    def _add_reused(self, saved: dict[str, Any]) -> None:
+        """Add the gradient that a resumed run goes on reusing, and its age in steps, -1 where there is none.
+
+        Every parameter has an entry: torch.distributed.checkpoint loads what the loading optimizer has too, no more.
+        """
+        numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        for p, slot in self._slots.items():
+            if numbers[p] not in saved["state"]:
+                continue
+            kept = slot.ret_view if slot.ret_kept else None
+            reused = torch.zeros_like(slot.exp_avg, dtype=slot.dtype) if kept is None else kept
+            age = -1 if kept is None or self._age is None else self._age
+            saved["state"][numbers[p]] |= {REUSED_KEY: like(p, reused), AGE_KEY: torch.tensor(age)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.AdamW; moments are taken over in fp32.
@@ -677,7 +840,8 @@ class CraftOptimizer(Optimizer):
             # torch casts moments to the parameter's dtype while loading, so they are set aside before.
             self._check_incoming(incoming)
             self._incoming = incoming
-            bare = {k: {n: v for n, v in s.items() if n == "step"} for k, s in incoming["state"].items()}
+            ids = {i for group in incoming["param_groups"] for i in group["params"]}
+            bare = {k: {} if k in ids else value for k, value in incoming["state"].items()}
             return {**incoming, "state": bare}
 
         # Registered last, so that it sees what the user's own hooks made of the state dict.
@@ -689,6 +853,17 @@ class CraftOptimizer(Optimizer):
             self._incoming = None
 
     def _check_incoming(self, incoming: dict[str, Any]) -> None:
+        for i, group in enumerate(incoming["param_groups"]):
+            missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
+            if missing:
+                raise ValueError(
+                    f"param group {i} of the state dict has no {' and no '.join(map(repr, missing))} (found: "
+                    f"{', '.join(map(str, group))}); only state dicts of AdamW and CraftOptimizer can be loaded"
+                )
+            try:
+                self._check_settings({**self.defaults, **group})
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"param group {i} of the state dict: {error}") from error
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
         for key, p in zip(ids, params, strict=False):
@@ -701,12 +876,18 @@ class CraftOptimizer(Optimizer):
                         f"state of parameter {key} has no {name!r} (found: {', '.join(sorted(state))}); "
                         f"only states of AdamW and CraftOptimizer can be loaded"
                     )
+            if isinstance(state["step"], Tensor) and state["step"].numel() != 1:
+                raise ValueError(f"state of parameter {key}: step has shape {tuple(state['step'].shape)}, not ()")
             for name in (*ADAMW_MOMENTS, REUSED_KEY):
+                if name in state and not (isinstance(state[name], Tensor) and state[name].is_floating_point()):
+                    raise ValueError(f"state of parameter {key}: {name} is no tensor of real numbers")
                 if name in state and state[name].shape != p.shape:
                     raise ValueError(
                         f"state of parameter {key}: {name} has shape {tuple(state[name].shape)}, "
                         f"the parameter {tuple(p.shape)}"
                     )
+            if int(state.get(AGE_KEY, -1)) >= 0 and REUSED_KEY not in state:
+                raise ValueError(f"state of parameter {key} has {AGE_KEY!r} and no {REUSED_KEY!r}, which it belongs to")
             if DUAL_KEY in state:
                 DualState.create(self.config, "cpu").load_state_dict(state[DUAL_KEY], self.config)
 
@@ -716,6 +897,7 @@ class CraftOptimizer(Optimizer):
         if craft is not None:
             for name in SETTINGS:
                 setattr(self, name, craft[name])
+            self.process_group = None  # a group belongs to the program that made it; the default one is taken again
             self._start_fresh()
             self._first_dual = craft["dual"]
             self._attempted = craft["attempted"]
@@ -723,6 +905,8 @@ class CraftOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            # A state dict of Adam says False, of decay as part of the gradient; AdamW sets this too.
+            group["decoupled_weight_decay"] = True
         if craft is not None:
             for group in self.param_groups:
                 self._hook(group["params"])
@@ -734,8 +918,10 @@ class CraftOptimizer(Optimizer):
         """Copy the loaded state, set aside by load_state_dict, into the flat buffers."""
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
-        self.state.clear()
+        for p in params:
+            self.state.pop(p, None)
         self._signature = None
+        self._find_processes(self._trainable())
         self._build(self._trainable())
         self._drop_retention()
         for key, p in zip(ids, params, strict=True):
@@ -744,13 +930,14 @@ class CraftOptimizer(Optimizer):
                 continue
             if slot is None:
                 # A frozen parameter: kept as it came, for the day it is thawed or saved.
-                self.state[p] = {k: v for k, v in state.items() if k not in (DUAL_KEY, REUSED_KEY)}
+                self.state[p] = {k: v for k, v in state.items() if k not in (DUAL_KEY, REUSED_KEY, AGE_KEY)}
             else:
                 self._fill(slot, state)
-                if REUSED_KEY in state:
-                    self._hold_retention(slot, state[REUSED_KEY], kept=True)
+                age = int(state.get(AGE_KEY, -1))
+                if age >= 0:
+                    self._age = age
+                    self._hold_retention(slot, part_like(p, state[REUSED_KEY]), kept=True)
             if DUAL_KEY in state:
-                self._age = int(state[DUAL_KEY]["age"]) if "age" in state[DUAL_KEY] else None
                 dual = DualState.create(self.config, "cpu")
                 dual.load_state_dict(state[DUAL_KEY], self.config)
                 for layout in self._layouts:
@@ -762,6 +949,10 @@ class CraftOptimizer(Optimizer):
         craft = {name: getattr(self, name) for name in SETTINGS}
         craft.update(dual=self._dual.to("cpu", copy=True), attempted=self._attempted)
         return {**super().__getstate__(), "craft": craft}
+
+
+def _number(entry: tuple[Any, Any]) -> float:
+    return entry[0] if isinstance(entry[0], int) else math.inf
 
 
 def _is_capturing(layouts: list[DeviceLayout]) -> bool:
@@ -782,15 +973,3 @@ def _as_scalar(loss: Tensor | float) -> Tensor:
 def _remove_hooks(hooks: dict[int, RemovableHandle]) -> None:
     for handle in hooks.values():
         handle.remove()
-
-
-def _refuse_distributed() -> None:
-    if not distributed_available():
-        return
-    import torch.distributed as dist
-
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError(
-            f"CraftOptimizer does not support several processes yet (found {dist.get_world_size()}): λ and the "
-            f"conflict decision would differ between them. Start one process"
-        )

@@ -298,6 +298,9 @@ def test_a_dataset_that_is_not_there_is_refused(world, tmp_path):
         (["--dtype=int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         (["--pooling=mean"], "pooling must be one of"),
         (["--layers=7"], "layers must lie in 1..2"),
+        (["--layers=x"], "must be numbers with commas between, such as -2,-1; got 'x'"),
+        (["--episodes=3-1"], "must be numbers and ranges, such as 0-9,12; got '3-1'"),
+        (["--policy.path=/no/where"], "--policy.path=/no/where does not exist; give the folder"),
         (["--shard-size=0"], "--shard-size must be at least 1, got 0"),
         (["--action-tokens=mine"], "--action-tokens must be one of demonstrated, teacher, got 'mine'"),
         (["--normalization_stats=dataset"], "goes together with --stats.repo_id"),
@@ -317,6 +320,13 @@ def test_the_builder_refuses_bad_flags(world, tmp_path, capsys, flags, message):
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_builder_leaves_a_folder_alone_that_is_no_cache(world, capsys):
+    command = ["build", f"--policy.path={world.teacher}", "--dataset.repo_id=local/tiny", "--num-samples=4"]
+    assert anchors_main([*command, f"--dataset.root={world.old}", f"--output={world.old}"]) == 2
+    error = f"error: --output={world.old} is there already and is no anchor cache; choose another --output"
+    assert error in capsys.readouterr().err
 
 
 def test_the_command_line_builds_a_cache(world, tmp_path, capsys):

@@ -177,8 +177,10 @@ def test_verify_takes_the_new_skills_statistics(world, tmp_path, capsys):
     folder = tmp_path / "cache"
     assert main(["build", *policy, *old, *stats, "--normalization_stats=dataset", f"--output={folder}"]) == 0
     capsys.readouterr()
-    assert "was built with the dataset's normalisation statistics" in refused(capsys, folder, *policy)
+    error = refused(capsys, folder, *policy)
+    assert "was built with the dataset's normalisation statistics; name the new skill's dataset with --stats" in error
     assert main(["verify", str(folder), *policy, *stats]) == 0
+    assert "drop --stats.repo_id and --stats.root" in refused(capsys, world.cache, *policy, *stats)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,8 @@ def test_states_of_different_checkpoints_are_refused(checkpoint, capsys):
     shutil.copy(
         checkpoint.parent / "000004" / "training_state" / "craft_state.safetensors", checkpoint / "training_state"
     )
+    assert "craft_state.safetensors is damaged: its checksum differs" in refused(capsys, checkpoint)
+    (checkpoint / "checksums.json").unlink()  # of before there were any
     assert "the files are of different checkpoints" in refused(capsys, checkpoint)
 
 
@@ -179,6 +181,7 @@ def test_weights_that_do_not_load_are_refused_on_resume(checkpoint, capsys):
     tensors = load_file(file)
     tensors.pop(next(iter(tensors)))
     save_file(tensors, file)
+    (checkpoint / "checksums.json").unlink()
     assert resume(checkpoint) == 2
     assert "did not load every weight" in capsys.readouterr().err
 

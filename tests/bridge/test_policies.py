@@ -168,7 +168,7 @@ def test_a_tokenizer_that_does_not_load_is_named_with_the_flag_that_replaces_it(
     with pytest.raises(ValueError, match=wanted):
         make_processors(read_policy_config(folder, ("--device=cpu",)), stats=meta.stats)
     config = read_policy_config(folder, ("--device=cpu", f"--action_tokenizer_name={action}"))
-    step = make_processors(config, stats=meta.stats)[0].steps[-2]
+    step = make_processors(config, stats=meta.stats, trust_remote_code=True)[0].steps[-2]
     assert step.action_tokenizer.min_token < 0
     assert (step.fast_skip_tokens, step.paligemma_tokenizer_name) == (5, str(text)), "LeRobot forgets both"
 

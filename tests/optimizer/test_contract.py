@@ -121,13 +121,6 @@ def test_unscaling_outside_is_refused_while_a_retention_gradient_is_pending():
         scaler.step(opt)
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="several processes yet"):
-        CraftOptimizer(make_model().parameters())
-
-
 def test_step_counts_as_an_in_place_change_for_autograd():
     w = torch.nn.Parameter(torch.ones(3))
     opt = CraftOptimizer([w], backend="torch")

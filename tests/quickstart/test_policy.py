@@ -155,7 +155,6 @@ def test_missing_and_mismatched_weights_raise(built, tmp_path):
         ({"n_action_steps": 2}, "n_action_steps is 2"),
         ({"image_resolution": (32, 48)}, "image_resolution"),
         ({"image_resolution": (40, 40)}, "image_resolution"),
-        ({"compile_model": True}, "compile_model"),
         ({"fast_frequencies": 9}, "fast_frequencies is 9"),
     ],
 )

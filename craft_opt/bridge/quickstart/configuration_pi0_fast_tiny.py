@@ -98,8 +98,6 @@ class PI0FastTinyConfig(PI0FastConfig):
                     f"image_resolution is {self.image_resolution}; SigLIP needs a square whose side is a "
                     f"multiple of patch_size ({self.patch_size})"
                 )
-        if self.compile_model:
-            raise ValueError("compile_model is True; pi0_fast_tiny is not compiled, set it to False")
         self.make_action_tokenizer()
         importlib.import_module("craft_opt.bridge.quickstart.processor_pi0_fast_tiny")
 

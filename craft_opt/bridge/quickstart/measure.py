@@ -19,6 +19,7 @@ from torch.nn import functional
 from craft_opt.bridge.anchor_manifest import write_atomically
 from craft_opt.bridge.dataset import in_memory
 from craft_opt.bridge.features import FeatureSpec, depth_of, hidden_features, pi0_fast_of
+from craft_opt.bridge.fingerprints import digest
 from craft_opt.bridge.policies import load_policy, make_processors, read_policy_config
 from craft_opt.bridge.quickstart.env import Evaluator
 from craft_opt.bridge.quickstart.simulation import Skill
@@ -139,11 +140,22 @@ def _errors(
 
 def save_scores(file: Path, scores: Sequence[SkillScore]) -> None:
     """Write scores, whole or not at all."""
-    write_atomically(file, json.dumps([asdict(score) for score in scores], indent=2))
+    content = [asdict(score) for score in scores]
+    write_atomically(file, json.dumps({"scores": content, "sha256": digest(content)}, indent=2))
 
 
 def load_scores(file: Path) -> list[SkillScore]:
-    """Read scores."""
-    return [
-        SkillScore(**{**entry, "outcomes": tuple(entry.get("outcomes", ()))}) for entry in json.loads(file.read_text())
-    ]
+    """Read scores.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        scores = [SkillScore(**{**s, "outcomes": tuple(s.get("outcomes", ()))}) for s in content["scores"]]
+        intact = content["sha256"] == digest(content["scores"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{file} is damaged; delete it, and the same command measures again")
+    return scores

@@ -4,19 +4,25 @@ Only the constructors and the loader are ours. Embedding, attention masks, loss,
 of it is the inherited code of ``lerobot.policies.pi0_fast``; what this policy shows is shown with that code.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPaliGemma, PI0FastPolicy, PI0FastPytorch
 from lerobot.policies.pi_gemma import PaliGemmaForConditionalGenerationWithPiGemma
 from lerobot.policies.pretrained import PreTrainedPolicy
+from safetensors import safe_open
 from torch import nn
 from transformers import GemmaConfig, PaliGemmaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
 from craft_opt.bridge.quickstart.configuration_pi0_fast_tiny import PI0FastTinyConfig
 from craft_opt.bridge.quickstart.tokenizers import build_text_tokenizer
+
+# A file that lacks some tensors is another error than one that the settings dwarf.
+_SLACK = 2**20
 
 
 class TinyPaliGemma(PI0FastPaliGemma):
@@ -115,8 +121,29 @@ class PI0FastTinyPolicy(PI0FastPolicy):
 
         Raises:
             FileNotFoundError: If there is no ``model.safetensors`` or ``config.json``.
+            ValueError: If the settings ask for far more than the file holds.
             RuntimeError: If a weight is missing, unexpected or of another shape.
         """
+        weights = Path(pretrained_name_or_path) / SAFETENSORS_SINGLE_FILE
+        if isinstance(config, PI0FastTinyConfig) and weights.is_file():
+            _check_room(config, weights)
         return super(PI0FastPolicy, cls).from_pretrained(
             pretrained_name_or_path, config=config, strict=strict, **kwargs
+        )
+
+
+def _check_room(config: PI0FastTinyConfig, weights: Path) -> None:
+    """Compare the sizes that the settings ask for with the file, before room is made for them."""
+    with safe_open(weights, framework="pt") as content:
+        shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118
+    held, needed = sum(map(math.prod, shapes)), None
+    if max(config.depth, config.vision_depth) <= len(shapes):
+        vocabulary = build_text_tokenizer(config.text_words, config.make_action_tokenizer().vocab_size)
+        with torch.device("meta"):
+            needed = sum(p.numel() for p in TinyPI0FastPytorch(config, vocabulary).parameters())
+    if needed is None or needed > 2 * held + _SLACK:
+        asked = "more layers than it has" if needed is None else f"{needed}"
+        raise ValueError(
+            f"{weights} holds {held} weights, and the settings beside it ask for {asked}; "
+            f"take a policy whose config.json belongs to its weights"
         )

@@ -17,7 +17,7 @@ import torch
 from craft_opt import CraftConfig
 from craft_opt.bridge.anchor_manifest import VERSION, write_atomically
 from craft_opt.bridge.anchors import AnchorSource, build_cache
-from craft_opt.bridge.checkpoint import latest_checkpoint
+from craft_opt.bridge.checkpoint import check_whole, latest_checkpoint
 from craft_opt.bridge.config import fine_tune_config, resume_config
 from craft_opt.bridge.logs import say, set_up_logging
 from craft_opt.bridge.loop import train
@@ -34,6 +34,8 @@ from craft_opt.bridge.quickstart.settings import (
 from craft_opt.bridge.quickstart.simulation import Skill
 from craft_opt.bridge.quickstart.skills import WORKERS, collect
 from craft_opt.bridge.quickstart.teacher import make_teacher
+from craft_opt.bridge.run_guard import LOCK_FILE, locked, written_to
+from craft_opt.bridge.seals import check_seal
 
 DEFAULT_OUTPUT = Path("outputs/quickstart")
 OLD_REPO, NEW_REPO, HELD_OUT_REPO = "craft/old-skills", "craft/new-skill", "craft/held-out"
@@ -153,6 +155,11 @@ class Quickstart:
 
     def run(self) -> Path:
         """Do what is left to do, print the table, and return the folder of the run."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        with locked(self.output / LOCK_FILE, f"the quickstart's folder {self.output}"), written_to(self.output):
+            return self._run()
+
+    def _run(self) -> Path:
         began = time.perf_counter()
         settings = self.settings
         old, new = (", ".join(skill.name for skill in skills) for skills in (settings.old, settings.new))
@@ -275,6 +282,8 @@ class Quickstart:
             craft = replace(craft, anchor_cache_dir=str(self.anchors(made)))
         training = folder / "training"
         checkpoint = latest_checkpoint(training)
+        if checkpoint is not None:
+            check_whole(checkpoint, training)
         if checkpoint is not None and int(checkpoint.name) >= settings.steps:
             return checkpoint / "pretrained_model"
         if checkpoint is not None:
@@ -304,6 +313,9 @@ class Quickstart:
     def _have(self, path: Path) -> bool:
         if path.exists():
             say(f"  kept from an earlier run: {path}")
+            check_seal(path, f"delete {path}, and the same command makes it again")
+            for left in (".partial", ".copy"):  # by a run that was killed while it tidied up
+                shutil.rmtree(path.with_name(path.name + left), ignore_errors=True)
         return path.exists()
 
     def finished(self) -> Path | None:
@@ -325,9 +337,9 @@ class Quickstart:
             if not (folder / RESULT_FILE).exists():
                 return folder
         number = 1
-        while (folder := self.output / f"{self.name}-seed{self.settings.seed}-{number:03d}").exists():
+        while not _is_free(folder := self.output / f"{self.name}-seed{self.settings.seed}-{number:03d}"):
             number += 1
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / SETTINGS_FILE, self._text)
         return folder
 
@@ -364,6 +376,11 @@ class Quickstart:
 
     def _peak_memory(self) -> float:
         return max(self.peak_gib, _largest(resource.RUSAGE_SELF))
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing lies there, or only what a run leaves that was killed before its settings were written."""
+    return not folder.exists() or {path.name for path in folder.iterdir()} <= {f"{SETTINGS_FILE}.tmp"}
 
 
 def _largest(who: int) -> float:

@@ -13,6 +13,7 @@ from datasets import disable_progress_bars, enable_progress_bars
 from lerobot.datasets import LeRobotDataset
 from tqdm import tqdm
 
+from craft_opt.bridge.anchor_manifest import sync_folder
 from craft_opt.bridge.quickstart.simulation import (
     ACTION_DIM,
     FPS,
@@ -23,6 +24,7 @@ from craft_opt.bridge.quickstart.simulation import (
     demonstrate,
     end_with_parent,
 )
+from craft_opt.bridge.seals import seal
 
 WORKERS = 2  # processes that simulate; the parent, which writes images, keeps up with two
 IMAGE_KEY, STATE_KEY, ACTION_KEY = "observation.image", "observation.state", "action"
@@ -79,5 +81,7 @@ def collect(
             bar.update(1)
     enable_progress_bars()
     writer.finalize()
+    seal(partial)
     partial.rename(root)
+    sync_folder(root.parent)
     return LeRobotDataset(repo_id, root=root)

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 from craft_opt import CraftConfig
-from craft_opt.bridge.checkpoint import latest_checkpoint
+from craft_opt.bridge.anchor_manifest import sync_folder
+from craft_opt.bridge.checkpoint import check_whole, latest_checkpoint
 from craft_opt.bridge.config import CraftTrainConfig, parse_config, resume_config
 from craft_opt.bridge.loop import train
 from craft_opt.bridge.quickstart import configuration_pi0_fast_tiny  # noqa: F401  registers the policy's type
 from craft_opt.bridge.quickstart.settings import QuickstartSettings
 from craft_opt.bridge.quickstart.tokenizers import words_of
+from craft_opt.bridge.seals import seal
 
 SAVE_EVERY = 250
 
@@ -57,6 +59,8 @@ def make_teacher(settings: QuickstartSettings, repo_id: str, root: Path, output:
         cfg = teacher_config(settings, repo_id, root, partial)
     else:
         cfg = resume_config(checkpoint)
+    if checkpoint is not None:
+        check_whole(checkpoint, partial)
     finished = checkpoint if checkpoint is not None and int(checkpoint.name) >= settings.teacher_steps else None
     if finished is None:
         finished = train(cfg).checkpoint
@@ -64,6 +68,8 @@ def make_teacher(settings: QuickstartSettings, repo_id: str, root: Path, output:
     copy = output.with_name(output.name + ".copy")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(finished / "pretrained_model", copy)
+    seal(copy)
     copy.rename(output)
+    sync_folder(output.parent)
     shutil.rmtree(partial)
     return output

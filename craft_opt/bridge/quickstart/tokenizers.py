@@ -30,6 +30,10 @@ _STATE_BINS = tuple(str(number) for number in range(-1, 257))
 _WORD = re.compile(r"-?\d+|\w+|[^\w\s]")
 
 
+# A policy's files may name any number, and a list of so many is made.
+MAX_ACTION_TOKENS = 2**20
+
+
 def words_of(texts: Iterable[str]) -> list[str]:
     """Return the sorted words of some task descriptions, as the text tokenizer cuts them.
 
@@ -60,6 +64,7 @@ def build_text_tokenizer(words: Sequence[str], n_action_tokens: int) -> PreTrain
     Raises:
         ValueError: If a word would be cut in two or appears twice.
     """
+    _check_size(n_action_tokens)
     for word in words:
         if _WORD.findall(word) != [word]:
             raise ValueError(f"text word {word!r} is not one word; make the list with words_of(tasks)")
@@ -79,6 +84,11 @@ def build_text_tokenizer(words: Sequence[str], n_action_tokens: int) -> PreTrain
         unk_token=UNKNOWN,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _check_size(count: int) -> None:
+    if not 0 <= count <= MAX_ACTION_TOKENS:
+        raise ValueError(f"{count} action tokens are no vocabulary; there may be up to {MAX_ACTION_TOKENS}")
 
 
 class _Alphabet:
@@ -125,12 +135,13 @@ class FastActionTokenizer:
             raise ValueError(f"horizon is {horizon}; it must be at least 1")
         if not 1 <= frequencies <= horizon:
             raise ValueError(f"fast_frequencies is {frequencies}; it must lie in 1..{horizon} (chunk_size)")
-        if not scale > 0:
-            raise ValueError(f"fast_scale is {scale}; it must be positive")
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"fast_scale is {scale}; it must be positive and finite")
         self.frequencies = frequencies
         self.scale = scale
         self.min_token = -math.ceil(scale * math.sqrt(horizon))
         self.vocab_size = 1 - 2 * self.min_token
+        _check_size(self.vocab_size)
         self.bpe_tokenizer = _Alphabet(self.vocab_size)
 
     def __call__(self, actions: Any) -> list[list[int]]:
