@@ -117,8 +117,9 @@ def test_every_method_runs_a_stage(name, caches, tmp_path):
     trained = weights_of(run.parts.policy)
     with method.deployed(run, start) as policy:
         found = dict(policy.named_parameters())
-        assert set(found) == {n.replace(".base_layer", "") for n in start if "lora_" not in n}
-        moved = [n for n, p in found.items() if not torch.equal(p, start.get(n, p))]
+        before = {n.replace(".base_layer", ""): p for n, p in start.items() if "lora_" not in n}
+        assert set(found) == set(before)
+        moved = [n for n, p in found.items() if not torch.equal(p, before[n])]
         assert all(torch.isfinite(p).all() for p in found.values())
         assert moved, "three steps at this rate move the weights"
         assert any("vision_tower" in n for n in moved) == (name not in ("frozen-vision", "lora"))
