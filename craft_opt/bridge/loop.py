@@ -487,12 +487,16 @@ def _check_resumable(cfg: CraftTrainConfig, processes: int) -> None:
     before = load_training_batch_size(cfg.checkpoint_path), load_training_num_processes(cfg.checkpoint_path) or 1
     if before[0] is not None and before[0] * before[1] != cfg.batch_size * processes:
         raise ValueError(
-            f"{cfg.checkpoint_path} was trained with --batch_size={before[0]} in {before[1]} processes, got "
-            f"--batch_size={cfg.batch_size} in {processes}; the order of samples cannot be found again, resume with "
-            f"the same product, as --batch_size={max(1, before[0] * before[1] // processes)}"
+            f"{cfg.checkpoint_path} was trained with {_batches(*before)}, got {_batches(cfg.batch_size, processes)}; "
+            f"the order of samples cannot be found again, resume with "
+            f"--batch_size={max(1, before[0] * before[1] // processes)}"
         )
     if cfg.dataset.streaming:
         raise ValueError("a streamed dataset has no order to resume in; pass --dataset.streaming=false")
+
+
+def _batches(size: int, processes: int) -> str:
+    return f"--batch_size={size}" + (f" in {processes} processes" if processes > 1 else "")
 
 
 def _datasets(cfg: CraftTrainConfig) -> tuple[LeRobotDataset, LeRobotDataset | None]:

@@ -176,8 +176,10 @@ def how_to_go_on(output_dir: Path) -> str:
         return f"go on after step {int(last.name)} with: python train.py --resume=true --config_path={config}"
     if (output_dir / "metrics.jsonl").is_file() or (output_dir / LOCK_FILE).is_file():
         return f"no checkpoint was written yet: delete {output_dir} and give the same command again"
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+    if not output_dir.is_dir():
         return "nothing was written yet: give the same command again"
+    if not any(output_dir.iterdir()):
+        return f"nothing was written yet: delete {output_dir} and give the same command again"
     return "no checkpoint lies there"
 
 

@@ -167,7 +167,9 @@ def test_another_cache_than_before_is_refused(world, cache_copy, checkpoint, cap
 
 
 def test_other_settings_than_the_order_allows_are_refused(checkpoint, capsys):
-    assert "was trained with --batch_size=4, got 2" in refused(capsys, checkpoint, "--batch_size=2")
+    assert "was trained with --batch_size=4, got --batch_size=2; the order" in refused(
+        capsys, checkpoint, "--batch_size=2"
+    )
     assert "has 2 steps behind it, and --steps=2; nothing is left to do" in refused(capsys, checkpoint, "--steps=2")
 
 

@@ -118,8 +118,11 @@ def test_two_processes_equal_one(two, alone, name, engine):
 def test_shards_computed_in_bf16_stay_near_fp32(two, alone):
     first, exact = assert_alike(two, "fsdp bf16"), alone["hidden every step"]
     assert first["steps"] == STEPS and first["skipped"] == 0
-    difference = (first["params"] - exact["params"]).norm() / exact["params"].norm()
-    assert 1e-6 < difference < 2e-2
+    # Losses, not parameters: AdamW takes a step of full size where the sign of a tiny gradient was rounded away.
+    ours, theirs = (torch.tensor([row[0] for row in run["seen"]]) for run in (first, exact))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0)
+    assert ours[0] != theirs[0]
     # Losses leave the model in fp32: bf16 has 8 bits, and these would then be multiples of 2^-7 or so.
     assert any(row[0] != torch.tensor(row[0]).bfloat16().item() for row in first["seen"])
 
@@ -156,7 +159,7 @@ def test_an_error_of_one_process_ends_all_of_them(two):
 
 
 def test_another_global_batch_is_refused_on_resume(alone, folder):
-    with pytest.raises(ValueError, match=r"--batch_size=4 in 1 processes, got --batch_size=3 in 1.*--batch_size=4"):
+    with pytest.raises(ValueError, match=r"--batch_size=4, got --batch_size=3;.* resume with --batch_size=4"):
         cases.resumed(0, 1, folder, source=folder / "one hidden", step="000003", flags=["--batch_size=3"])
 
 

@@ -100,6 +100,25 @@ def shards_in_bf16(rank, world, folder):
     return shards(rank, world, folder, policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
 
 
+def exact_losses(rank, world, folder, *, shard=False):
+    """L_ret in numbers whose means are exact, so that λ has nothing to be rounded differently by."""
+    model = make_model()
+    ddp = model if world == 1 else sharded(model, world) if shard else DistributedDataParallel(model)
+    opt = optimizer(model)
+    seen = []
+    for i, batch in enumerate(batches(6)):
+        part = shares(batch, rank, world)
+        told = torch.arange(8.0).add(i).div(16.0).chunk(world)[rank].mean()
+        loss = ret_loss(ddp if shard else model, part)
+        with opt.retention(told):
+            loss.backward()
+        task_loss(ddp, part).backward()
+        opt.step()
+        opt.zero_grad()
+        seen.append([opt.metrics().lam_after.item(), opt.metrics().epsilon.item(), opt.metrics().conflict.item()])
+    return {"seen": seen}
+
+
 def many_steps(rank, world, folder):
     return replicas(rank, world, folder, steps=200, every=3, settings=config(off_steps="reuse", retention_freq=3))
 

@@ -30,6 +30,8 @@ TWO = {
         for where in ("task", "retention", "loss")
         for kind, backend in (("ddp", "numba"), ("ddp", "torch"), ("fsdp", "numba"))
     },
+    "exact ddp": ("exact_losses", {}),
+    "exact fsdp": ("exact_losses", {"shard": True}),
     "scaled ddp": ("scaled", {}),
     "scaled fsdp": ("scaled", {"shard": True}),
     "refusals": ("refusals", {}),
@@ -40,6 +42,8 @@ FOUR = {
     "ddp numba": ("replicas", {}),
     "fsdp numba": ("shards", {}),
     "hybrid": ("hybrid_shards", {}),
+    "exact ddp": ("exact_losses", {}),
+    "exact fsdp": ("exact_losses", {"shard": True}),
     "load": ("load_shards", {}),
     "load full": ("load_shards", {"full": True}),
     "spoiled retention fsdp": ("spoiled", {"where": "retention", "shard": True}),
@@ -101,6 +105,14 @@ FP32 = [name for name, (case, kwargs) in TWO.items() if case in ("replicas", "sh
 def test_two_processes_equal_one_on_the_global_batch(two, name):
     kwargs = {key: value for key, value in TWO[name][1].items() if key not in ("sync_each", "micro")}
     assert_equals_one(assert_alike(two, name), name, *alone(**kwargs))
+
+
+@pytest.mark.parametrize("name", ["exact ddp", "exact fsdp"])
+def test_lambda_epsilon_and_conflicts_are_exactly_those_of_one_process(two, four, name):
+    expected = cases.exact_losses(0, 1, None)["seen"]
+    assert len({row[0] for row in expected}) == len(expected)
+    for found in (*two, *four):
+        assert found[name]["seen"] == expected
 
 
 def test_the_steps_compared_are_of_both_kinds(two):

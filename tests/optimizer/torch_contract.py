@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from unittest import mock
 
 import torch
 
@@ -16,8 +17,9 @@ IGNORED = ("foreach", "fused", "capturable")
 @functools.cache
 def torch_testing():
     """torch's optimizer tests' own inputs; imported late, because that takes most of ten seconds."""
-    from torch.testing._internal import common_optimizers
-
+    # The import freezes the flags of torch.backends for the whole process, and a training run sets some.
+    with mock.patch.object(torch.backends, "disable_global_flags", lambda: None):
+        from torch.testing._internal import common_optimizers
     return common_optimizers
 
 
