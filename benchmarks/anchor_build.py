@@ -27,7 +27,6 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
-from benchmarks.harness import provenance
 from craft_opt.bridge.anchor_shards import Teacher
 from craft_opt.bridge.anchors import AnchorBuild, AnchorSource, prepare_build
 from craft_opt.bridge.features import action_logits, generated_tokens, hidden_features
@@ -35,6 +34,7 @@ from craft_opt.bridge.policies import precision_context
 from craft_opt.bridge.quickstart.configuration_pi0_fast_tiny import PI0FastTinyConfig
 from craft_opt.bridge.quickstart.modeling_pi0_fast_tiny import PI0FastTinyPolicy
 from craft_opt.bridge.quickstart.tokenizers import words_of
+from craft_opt.bridge.report.provenance import provenance
 
 TARGET = 0.9  # of the bare forwards' speed
 TASKS = ("close the drawer", "press the button down")

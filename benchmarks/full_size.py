@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS, provenance
+from benchmarks.harness import RESULTS
+from craft_opt.bridge.report.provenance import provenance
 
 MODES = ("none", "hidden", "token_ce")
 TASKS = ("close the drawer", "press the button", "open the window")

@@ -11,16 +11,12 @@ import datetime
 import gc
 import json
 import math
-import os
-import platform
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from craft_opt.bridge.report.provenance import PACKAGES, commit, machine, provenance
 from craft_opt.surgery import CLIP_EPS
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parent / "data"
 FORMAT = 1
+PEERS = ("torchjd", "pytorch-optimizer", "conflictfree")
 
 # One rule for all: λ stands still, so that a round is like the next. Gradients conflict, so projection is at work.
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.01
@@ -373,67 +371,9 @@ def count_syncs(action: Callable[[], None]) -> int:
 # -- results -----------------------------------------------------------------------------------------------------
 
 
-def cpu_model() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or "unknown"
-    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    return found.group(1).strip() if found else "unknown"
-
-
-def scheduling() -> str:
-    """How this process competes for the cores: a real-time class keeps a busy machine's other processes out of it."""
-    if not hasattr(os, "sched_getscheduler"):
-        return "unknown"
-    names = {getattr(os, n): n for n in ("SCHED_OTHER", "SCHED_BATCH", "SCHED_IDLE", "SCHED_FIFO", "SCHED_RR")}
-    return names.get(os.sched_getscheduler(0), "unknown")
-
-
-def machine() -> dict[str, Any]:
-    """Name the machine: kind, processor, accelerator, versions. No host names, no addresses."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    kind = "cloud VM" if " hypervisor" in flags else "machine"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    about: dict[str, Any] = {
-        "machine": f"{cores}-core {platform.machine().replace('_', '-')} {kind}",
-        "cpu": cpu_model(),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "scheduling": scheduling(),
-        "python": platform.python_version(),
-    }
-    for package in ("torch", "triton", "numba", "torchjd", "pytorch-optimizer", "conflictfree"):
-        try:
-            about[package] = version(package)
-        except PackageNotFoundError:
-            about[package] = None
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        about["gpu"] = properties.name
-        about["gpu_memory_gib"] = round(properties.total_memory / 2**30)
-        about["cuda"] = torch.version.cuda
-    return about
-
-
-def commit() -> str:
-    """The commit, with ``+`` where files of craft_opt, kernels or benchmarks differ from it."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", "../craft_opt", "../kernels", "*.py")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def write_results(rows: list[dict[str, Any]], load_before: Sequence[float], folder: Path = RESULTS) -> Path:
     """Write a results file named after day, time and device, and return its path."""
-    about = machine()
+    about = machine((*PACKAGES, *PEERS))
     now = datetime.datetime.now(datetime.UTC)
     program = Path(sys.argv[0]).name
     # Where the file goes is no part of what was measured, and may be a path of this machine.
@@ -454,11 +394,6 @@ def write_results(rows: list[dict[str, Any]], load_before: Sequence[float], fold
     body = ",\n  ".join(json.dumps(row) for row in rows)
     path.write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
     return path
-
-
-def provenance() -> dict[str, Any]:
-    """Date, commit and machine: what every results file says of itself."""
-    return {"date": datetime.date.today().isoformat(), "commit": commit(), "machine": machine()}
 
 
 def write_document(folder: Path, name: str, command: str, **content: Any) -> tuple[Path, dict[str, Any]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import time
@@ -25,7 +24,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.harness import RESULTS, machine, write_document
+from benchmarks.harness import RESULTS, write_document
+from craft_opt.bridge.report.metrics import wilson
+from craft_opt.bridge.report.provenance import machine
 
 Cell = dict[str, Any]
 
@@ -171,15 +172,6 @@ def run_all(output: Path, variants: Sequence[str], seeds: Sequence[int], jobs: i
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
-
-
-def wilson(successes: int, rollouts: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a success rate (Wilson 1927)."""
-    rate, squared = successes / rollouts, z * z
-    centre = (rate + squared / (2 * rollouts)) / (1 + squared / rollouts)
-    half = z / (1 + squared / rollouts) * math.sqrt(rate * (1 - rate) / rollouts + squared / (4 * rollouts**2))
-    # Rounding must not leave [0, 1] where all or none succeeded.
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _by_variant(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

@@ -239,9 +239,10 @@ def _reopened(folder: Path, info: SourceInfo, manifest: AnchorManifest) -> Frame
         return FrameReader(source.open(), manifest.cameras, manifest.rename_map)
     except (OSError, HTTPError, ValueError, KeyError, IndexError) as error:
         gone = isinstance(error, OSError | HTTPError)
+        why = "its folder is gone" if info.root is not None and not Path(info.root).exists() else error
         raise (FileNotFoundError if gone else ValueError)(
             f"{folder} refers to frames of dataset {info.repo_id} ({where}), which "
-            f"{'cannot be opened' if gone else 'does not fit any more'} ({error}); put the dataset back as it was, or "
+            f"{'cannot be opened' if gone else 'does not fit any more'} ({why}); put the dataset back as it was, or "
             f"build a cache that needs none with --storage=self_contained: {rebuild_hint(folder)}"
         ) from error
 

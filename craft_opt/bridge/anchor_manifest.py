@@ -272,6 +272,12 @@ class AnchorManifest:
         return needed | {TEACHER_CE} | ({TOP_IDS, TOP_LOGPROBS} if self.top_k else set())
 
 
+def files_of(manifest: AnchorManifest) -> str:
+    """How many files hold the anchors, for messages."""
+    count = len(manifest.shards)
+    return f"{count} file" if count == 1 else f"{count} files"
+
+
 def sha256_of_file(file: Path) -> str:
     """Checksum of a file's content."""
     with file.open("rb") as stream:

@@ -18,6 +18,7 @@ from craft_opt.bridge.anchor_manifest import (
     TEACHER_CE,
     TOKEN_MASK,
     TOP_LOGPROBS,
+    files_of,
     rebuild_hint,
 )
 from craft_opt.bridge.untrusted import printable
@@ -103,7 +104,7 @@ def _description(cache: AnchorCache) -> list[str]:
         "Anchor cache": str(cache.folder),
         "kind": f"{manifest.kind} ({manifest.content})",
         "storage": manifest.storage.replace("_", "-"),
-        "anchors": f"{manifest.samples} in {len(manifest.shards)} files, {size / 2**20:.1f} MiB",
+        "anchors": f"{manifest.samples} in {files_of(manifest)}, {size / 2**20:.1f} MiB",
         "teacher": f"{manifest.teacher} (fingerprint {manifest.teacher_fingerprint}, {manifest.compute_dtype})",
         "preprocessor": f"{manifest.preprocessor_fingerprint}, normalising with the {manifest.normalization_stats}'s "
         f"statistics",

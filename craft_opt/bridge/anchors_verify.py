@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel
 
 from craft_opt.bridge.anchor_cache import AnchorCache
 from craft_opt.bridge.anchor_frames import AnchorSource
+from craft_opt.bridge.anchor_manifest import files_of
 from craft_opt.bridge.policies import (
     find_weights,
     make_processors,
@@ -59,7 +60,7 @@ def verify_cache(
     """
     cache = AnchorCache.open(folder)
     manifest = cache.manifest
-    whole = f"{folder} is whole: {len(cache)} anchors in {len(manifest.shards)} files, all checksums right"
+    whole = f"{folder} is whole: {len(cache)} anchors in {files_of(manifest)}, all checksums right"
     if manifest.storage == "reference":
         names = ", ".join(source.repo_id for source in manifest.sources)
         whole += f", and the frames of {names} that it refers to are the same as at the build"

@@ -156,6 +156,7 @@ def _lent_to_lerobot(run: Run, journal: Journal) -> Iterator[None]:
     digests = run.term.digests if run.term is not None else ()
     update_policy = lerobot_train.update_policy
     done = run.start
+    shown: dict[str, float] = {}
 
     def update(tracker: Any, policy: Any, batch: Any, optimizer: Any, grad_clip_norm: float, **rest: Any) -> Any:
         nonlocal done
@@ -178,8 +179,9 @@ def _lent_to_lerobot(run: Run, journal: Journal) -> Iterator[None]:
         journal.flush(show=cfg.log_freq > 0 and done % cfg.log_freq == 0)
         assert journal.last is not None
         values = journal.last.as_dict()
-        # LeRobot's own log line and wandb show these too.
-        tracker.update_metrics({name: values[name] for name in _SHOWN if name in values})
+        # LeRobot's own log line and wandb show these too; between two measurements the latest still holds.
+        shown.update((name, values[name]) for name in _SHOWN if name in values)
+        tracker.update_metrics(shown)
         return returned
 
     def restore(folder: Path, optimizer: Any, scheduler: Any, **_: Any) -> tuple[int, Any, Any]:

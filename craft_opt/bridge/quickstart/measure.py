@@ -12,7 +12,7 @@ import torch
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, resolve_delta_timestamps
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.collate import lerobot_collate_fn
-from lerobot.utils.constants import ACTION_TOKENS
+from lerobot.utils.constants import ACTION, ACTION_TOKENS
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,6 +27,7 @@ from craft_opt.bridge.quickstart.simulation import Skill
 # Every 8th frame of the held-out episodes: neighbours are nearly the same.
 FRAME_STRIDE = 8
 BATCH = 64
+MAX_ENVS = 20  # worlds side by side: they hold a third of a gigabyte
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,16 @@ class SkillScore:
         successes: Episodes that succeeded.
         rollouts: Episodes.
         action_ce: Mean cross-entropy of the action tokens on held-out demonstrations, nats a token.
+        action_mae: Mean absolute error of the generated action chunks on the same, in the actions' unit.
+        outcomes: Which episodes succeeded, in the order of their seeds.
     """
 
     skill: str
     successes: int
     rollouts: int
     action_ce: float
+    action_mae: float | None = None
+    outcomes: tuple[bool, ...] = ()
 
     @property
     def success(self) -> float:
@@ -90,17 +95,27 @@ def measure(
     policy = load_policy(config, dataset.meta, {})
     policy.eval()
     preprocessor, postprocessor = make_processors(config, stats=None)
-    entropies = _entropies(policy, preprocessor, dataset)
-    evaluator = Evaluator(envs=min(rollouts, 20), chunk=config.n_action_steps)
+    errors = _errors(policy, preprocessor, postprocessor, dataset)
+    evaluator = make_evaluator(rollouts, config.n_action_steps)
     scores = []
     for skill in skills:
         done = evaluator.success(policy, preprocessor, postprocessor, skill, rollouts, seed)
-        scores.append(SkillScore(skill.name, sum(done), len(done), entropies[skill.prompt]))
+        scores.append(SkillScore(skill.name, sum(done), len(done), *errors[skill.prompt], tuple(done)))
         evaluator.close()  # twenty worlds of one task hold a third of a gigabyte
     return scores
 
 
-def _entropies(policy: PreTrainedPolicy, preprocessor: Any, dataset: LeRobotDataset) -> dict[str, float]:
+def make_evaluator(rollouts: int, chunk: int) -> Evaluator:
+    """An evaluator whose batches of at most 20 environments share out a number of rollouts evenly."""
+    batches = -(-rollouts // MAX_ENVS)
+    return Evaluator(envs=-(-rollouts // batches), chunk=chunk)
+
+
+@torch.no_grad()
+def _errors(
+    policy: PreTrainedPolicy, preprocessor: Any, postprocessor: Any, dataset: LeRobotDataset
+) -> dict[str, tuple[float, float]]:
+    """Prompt → mean cross-entropy of the action tokens, mean absolute error of the generated actions."""
     frames = in_memory(dataset)
     by_prompt: dict[str, list[Any]] = {}
     for index in range(0, len(dataset), FRAME_STRIDE):
@@ -109,11 +124,17 @@ def _entropies(policy: PreTrainedPolicy, preprocessor: Any, dataset: LeRobotData
     result = {}
     for prompt, items in by_prompt.items():
         total, count = 0.0, 0
+        errors: list[Tensor] = []
         for start in range(0, len(items), BATCH):
-            batch = preprocessor(lerobot_collate_fn(items[start : start + BATCH]))
+            raw = lerobot_collate_fn(items[start : start + BATCH])
+            assert raw is not None
+            actions, is_pad = raw[ACTION].clone(), raw[f"{ACTION}_is_pad"].clone()
+            batch = preprocessor(raw)
             loss, tokens = action_token_loss(policy, batch)
             total, count = total + loss, count + tokens
-        result[prompt] = total / count
+            generated = postprocessor(policy.predict_action_chunk(batch))
+            errors.append((generated - actions).abs()[~is_pad])
+        result[prompt] = (total / count, float(torch.cat(errors).mean()))
     return result
 
 
@@ -131,9 +152,9 @@ def load_scores(file: Path) -> list[SkillScore]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        scores = [SkillScore(**entry) for entry in content["scores"]]
+        scores = [SkillScore(**{**s, "outcomes": tuple(s.get("outcomes", ()))}) for s in content["scores"]]
         intact = content["sha256"] == digest(content["scores"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         intact = False
     if not intact:
         raise ValueError(f"{file} is damaged; delete it, and the same command measures again")

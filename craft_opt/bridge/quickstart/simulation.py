@@ -50,6 +50,9 @@ class Skill:
     prompt: str
     expert: str
 
+    def arrange(self, env: Any) -> None:
+        """Change what MetaWorld's environment begins with; this class leaves it as it is."""
+
 
 DRAWER_CLOSE = Skill("drawer-close", "drawer-close-v3", "Push and close a drawer", "SawyerDrawerCloseV3Policy")
 BUTTON_PRESS = Skill(
@@ -92,6 +95,7 @@ class World:
         self.env.reset()
         self.env._freeze_rand_vec = False
         self.env.seeded_rand_vec = True  # reset(seed) decides where the objects lie
+        skill.arrange(self.env)
         self._renderer = RayRenderer(self.env.model, CAMERA, side)
 
     def reset(self, seed: int) -> NDArray[np.float64]:
@@ -125,7 +129,7 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-_worlds: dict[tuple[str, int], World] = {}
+_worlds: dict[tuple[Skill, int], World] = {}
 
 
 def demonstrate(skill: Skill, seed: int, noise: float, side: int = IMAGE_SIDE) -> Demonstration:
@@ -152,7 +156,7 @@ def demonstrate(skill: Skill, seed: int, noise: float, side: int = IMAGE_SIDE) -
 
 
 def _attempt(skill: Skill, seed: int, noise: float, side: int) -> Demonstration | None:
-    key = (skill.env_name, side)
+    key = (skill, side)
     if key not in _worlds:
         _worlds[key] = World(skill, side)
     world = _worlds[key]

@@ -1,0 +1,1 @@
+"""The retention benchmark: methods, seeds and anchor budgets over sequences of skills, and the report on them."""
