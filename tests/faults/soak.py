@@ -15,8 +15,10 @@ STEPS = 2000
 # Ctrl-C, Ctrl-C and kill -9 after these steps, in a process each.
 PARTS = (500, 1000, 1500)
 WARM_UP = 100
-# A leaked graph, gradient or batch of the tiny policy is 100 KiB a step and more; the allocator's noise is far below.
+# A leaked graph, gradient or batch of the tiny policy is 100 KiB a step and more. The allocator still settles after the
+# warm-up, by up to a MiB in all, which in a process of 400 steps looks steeper than in one of 2,000.
 BYTES_A_STEP = 2048.0
+SETTLING = 2**20
 POISONED = 40
 SOAK = "tests.faults.programs:soak"
 
@@ -40,7 +42,7 @@ class Growth:
     @property
     def flat(self) -> bool:
         return (
-            self.bytes_a_step < BYTES_A_STEP
+            self.bytes_a_step < BYTES_A_STEP + SETTLING / (self.steps[1] - self.steps[0])
             and self.handles[1] - self.handles[0] <= 1
             and self.threads[0] == self.threads[1]
         )
@@ -67,7 +69,13 @@ def soak(world: World, lab: Lab) -> dict:
     """
     generator = random.Random(2000)
     poison = json.dumps(sorted(generator.sample(range(1, STEPS + 1), POISONED)))
-    found: dict = {"steps": STEPS, "poisoned_steps": POISONED, "bound_bytes_a_step": BYTES_A_STEP, "processes": []}
+    found: dict = {
+        "steps": STEPS,
+        "poisoned_steps": POISONED,
+        "bound_bytes_a_step": BYTES_A_STEP,
+        "bytes_to_settle": SETTLING,
+        "processes": [],
+    }
     results = []
     for name, ends in (("in one go", ()), ("in parts", PARTS)):
         root = world.folder()
