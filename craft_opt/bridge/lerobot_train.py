@@ -61,7 +61,7 @@ def train(cfg: CraftTrainConfig, *, on_step: Callable[[StepRecord], None] | None
             f"with accelerate launch train.py, which takes the same flags"
         )
     run = prepare(cfg)
-    with claimed(cfg):
+    with claimed(run):
         return _train_attached(run, on_step)
 
 

@@ -332,13 +332,13 @@ def run_steps(run: Run, *, on_step: Callable[[StepRecord], None] | None = None, 
         BlockingIOError: Another process trains in the output folder.
         OSError: Something could not be written, or a data worker died.
     """
-    with claimed(run.cfg) if run.ranks.is_main else nullcontext():
+    with claimed(run) if run.ranks.is_main else nullcontext():
         run.ranks.wait()  # for the folder
         return _run_steps(run, on_step, progress)
 
 
 @contextmanager
-def claimed(cfg: CraftTrainConfig) -> Iterator[None]:
+def claimed(run: Run) -> Iterator[None]:
     """Keep the output folder for this run, and give errors of its steps a name.
 
     Raises:
@@ -346,10 +346,11 @@ def claimed(cfg: CraftTrainConfig) -> Iterator[None]:
         BlockingIOError: Another process trains in it.
         OSError: Something could not be written, or a data worker died.
     """
-    folder = cfg.output_dir
+    folder = run.cfg.output_dir
     assert folder is not None
     try:
-        folder.mkdir(parents=True, exist_ok=cfg.resume)
+        # A run that goes on, from a checkpoint or from steps done in this process, has its folder already.
+        folder.mkdir(parents=True, exist_ok=run.cfg.resume or run.start > 0)
     except FileExistsError as error:
         raise FileExistsError(f"another run has made {folder} meanwhile; choose another --output_dir") from error
     with locked(folder / LOCK_FILE, f"the output folder {folder}"), written_to(folder):
