@@ -194,6 +194,18 @@ def test_ctrl_c_leaves_the_numbers_of_every_finished_step(world, tmp_path):
     assert [record["step"] for record in metrics_of(tmp_path / "out")] == [1, 2]
 
 
+def test_a_run_goes_on_where_its_steps_in_this_process_ended(world, tmp_path):
+    whole, parts = [], []
+    run_steps(prepare(world.config(tmp_path / "whole", steps=4)), on_step=whole.append, progress=False)
+    run = prepare(world.config(tmp_path / "parts", steps=4))
+    run.cfg.steps = 2
+    run_steps(run, on_step=parts.append, progress=False)
+    run.cfg.steps = 4
+    run_steps(replace(run, start=2), on_step=parts.append, progress=False)
+    assert [record.loss for record in parts] == [record.loss for record in whole]
+    assert [record["step"] for record in metrics_of(tmp_path / "parts")] == [1, 2, 3, 4]
+
+
 def test_a_policy_from_scratch_trains_with_the_datasets_statistics(world, tmp_path, capsys):
     """How the quickstart makes its teacher."""
     dataset = make_tiny_dataset(tmp_path / "data", episodes=2, frames=6)
