@@ -45,12 +45,14 @@ class AnchorSource:
         root: Its folder, None for LeRobot's cache or the hub.
         episodes: Episodes to draw from, None for all.
         revision: Revision on the hub.
+        prompt: Task text that its frames are given in the place of their own, None to leave them theirs.
     """
 
     repo_id: str
     root: str | Path | None = None
     episodes: tuple[int, ...] | None = None
     revision: str | None = None
+    prompt: str | None = None
 
     def metadata(self) -> LeRobotDatasetMetadata:
         """What LeRobot knows of the dataset.
@@ -97,16 +99,24 @@ class FrameReader:
         dataset: The dataset.
         cameras: The images to read, under the policy's keys.
         rename_map: Keys of the dataset → keys of the policy.
+        prompt: Task text of every frame, None for the dataset's own.
     """
 
-    def __init__(self, dataset: LeRobotDataset, cameras: Sequence[str], rename_map: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        dataset: LeRobotDataset,
+        cameras: Sequence[str],
+        rename_map: Mapping[str, str],
+        prompt: str | None = None,
+    ) -> None:
         self.dataset = dataset
+        self._prompt = prompt
         self._table = dataset.hf_dataset.data
         own = {rename_map.get(key, key): key for key in dataset.meta.features}
         self._cameras = {key: own[key] for key in cameras}
         self._state, self._action = own[OBS_STATE], own[ACTION]
         self._renames = rename_map
-        self._tasks = [str(name) for name in dataset.meta.tasks.index]
+        self._tasks = [str(name) if prompt is None else prompt for name in dataset.meta.tasks.index]
         self._deltas = {key: np.asarray(value) for key, value in (dataset.reader.delta_indices or {}).items()}
         meta = dataset.meta
         self._plain = (
@@ -127,7 +137,7 @@ class FrameReader:
         if not self._plain:
             item = {self._renames.get(key, key): value for key, value in self.dataset[row].items()}
             found: dict[str, Any] = {key: _as_uint8(item[key]) for key in self._cameras}
-            found |= {OBS_STATE: item[OBS_STATE].float(), ACTION: item[ACTION].float(), "task": str(item["task"])}
+            found |= {OBS_STATE: item[OBS_STATE].float(), ACTION: item[ACTION].float(), "task": self.task(row)}
             return found
         return {
             **{key: _decoded(self._table.column(own)[row].as_py()) for key, own in self._cameras.items()},
@@ -139,6 +149,12 @@ class FrameReader:
     def task(self, row: int) -> str:
         """The task text of a frame."""
         return self._tasks[self._task[row]]
+
+    def by_task(self) -> list[np.ndarray]:
+        """The rows of each task, in the order of the dataset's tasks; one group where a prompt is given."""
+        if self._prompt is not None:
+            return [np.arange(len(self._task))]
+        return [np.flatnonzero(self._task == task) for task in np.unique(self._task)]
 
     def place(self, row: int) -> tuple[int, int, int]:
         """Where a frame lies: its absolute index, its episode, and its number in the episode."""
@@ -233,10 +249,11 @@ class ReferencedFrames:
 
 def _reopened(folder: Path, info: SourceInfo, manifest: AnchorManifest) -> FrameReader:
     episodes = None if info.episodes is None else tuple(info.episodes)
-    source = AnchorSource(info.repo_id, info.root, episodes, info.revision if info.root is None else None)
+    revision = info.revision if info.root is None else None
+    source = AnchorSource(info.repo_id, info.root, episodes, revision, info.prompt)
     where = info.root or "LeRobot's own folder or the hub"
     try:
-        return FrameReader(source.open(), manifest.cameras, manifest.rename_map)
+        return FrameReader(source.open(), manifest.cameras, manifest.rename_map, source.prompt)
     except (OSError, HTTPError, ValueError, KeyError, IndexError) as error:
         gone = isinstance(error, OSError | HTTPError)
         why = "its folder is gone" if info.root is not None and not Path(info.root).exists() else error

@@ -86,6 +86,7 @@ class SourceInfo:
         revision: Its revision, as LeRobot resolved it.
         episodes: The episodes that were drawn from, None for all.
         frames: Frames in them.
+        prompt: The task text that they were given in the place of their own, if any.
     """
 
     repo_id: str
@@ -93,6 +94,7 @@ class SourceInfo:
     revision: str
     episodes: list[int] | None
     frames: int
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)

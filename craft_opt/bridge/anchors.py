@@ -200,7 +200,7 @@ def prepare_build(
         batch_size: Anchors per forward of the teacher.
         num_workers: Processes that read and process frames; 0 is a thread.
         token_source: ``demonstrated`` (the dataset's actions) or ``teacher`` (what it generates itself); None is the
-            former for ``hidden`` and the latter for ``token_ce``.
+            former for ``hidden`` and the latter for ``token_ce`` and where a source has a prompt.
         normalization_stats: ``teacher`` or ``dataset``; with the latter, ``stats_source`` is the new skill's dataset.
         stats_source: Dataset whose statistics the fine-tuning run will take.
         rename_map: Keys of the sources → keys of the policy.
@@ -211,8 +211,9 @@ def prepare_build(
         ValueError: A setting, a dataset or the teacher does not fit.
         FileNotFoundError: A dataset or the teacher is not there.
     """
+    prompted = [source.prompt for source in sources if source.prompt is not None]
     if kind in KINDS and token_source is None:
-        token_source = DEFAULT_TOKEN_SOURCE[kind]
+        token_source = "teacher" if prompted else DEFAULT_TOKEN_SOURCE[kind]
     _check_choices(
         ("kind", kind, KINDS),
         ("storage", storage, STORAGES),
@@ -221,6 +222,13 @@ def prepare_build(
         ("normalization_stats", normalization_stats, ("teacher", "dataset")),
     )
     _check_numbers(num_samples, fraction, shard_size, batch_size, num_workers)
+    if not all(prompt.strip() for prompt in prompted):
+        raise ValueError("--prompt is empty; give the text that asks for an old skill")
+    if prompted and token_source == "demonstrated":
+        raise ValueError(
+            "--action-tokens=demonstrated: the dataset's actions are no answer to --prompt; leave --action-tokens out "
+            "and the teacher answers itself"
+        )
     if kind == "hidden" and top_k is not None:
         raise ValueError(f"--top-k={top_k} goes with --kind=token_ce: a hidden cache keeps no tokens of the teacher's")
     features = {"layers": layers, "pooling": pooling, "dtype": None if dtype == "auto" else dtype}
@@ -249,7 +257,13 @@ def prepare_build(
     compute_dtype = language_model_of(policy).layers[0].self_attn.q_proj.weight.dtype
     hidden = kind == "hidden"
     present = {renames.get(key, key) for key in datasets[0].meta.camera_keys}
-    tasks = sorted({str(task) for dataset in datasets for task in dataset.meta.tasks.index})
+    tasks = sorted(
+        {
+            str(task)
+            for source, dataset in zip(sources, datasets, strict=True)
+            for task in (dataset.meta.tasks.index if source.prompt is None else [source.prompt])
+        }
+    )
     teacher = Teacher(
         policy=policy,
         preprocessor=without_renaming(preprocessor),
@@ -264,7 +278,11 @@ def prepare_build(
         cameras=tuple(key for key in config.image_features if key in present),
         tasks=tuple(tasks),
     )
-    frames = select_frames(datasets, num_samples, fraction, balance, seed)
+    readers = [
+        FrameReader(dataset, teacher.cameras, renames, source.prompt)
+        for source, dataset in zip(sources, datasets, strict=True)
+    ]
+    frames = select_frames(readers, num_samples, fraction, balance, seed)
     draft: dict[str, Any] = {
         "kind": kind,
         "storage": storage,
@@ -286,24 +304,22 @@ def prepare_build(
         "tasks": tasks,
         "seed": seed,
     }
-    readers = [FrameReader(dataset, teacher.cameras, renames) for dataset in datasets]
     return AnchorBuild(Path(output), teacher, readers, frames, draft, shard_size, batch_size, num_workers)
 
 
 def select_frames(
-    datasets: Sequence[LeRobotDataset], count: int | None, fraction: float | None, balance: bool, seed: int
+    readers: Sequence[FrameReader], count: int | None, fraction: float | None, balance: bool, seed: int
 ) -> list[tuple[int, int]]:
     """(dataset, row) of every anchor, in random order.
 
     Balanced, the tasks' numbers are as equal as their frames allow.
     """
     generator = np.random.default_rng(seed)
-    groups: list[list[tuple[int, int]]] = []
-    for number, dataset in enumerate(datasets):
-        task_of_frame = dataset.hf_dataset.data.column("task_index").to_numpy()
-        for task in np.unique(task_of_frame):
-            frames = np.flatnonzero(task_of_frame == task)
-            groups.append([(number, int(frame)) for frame in generator.permutation(frames)])
+    groups = [
+        [(number, int(frame)) for frame in generator.permutation(frames)]
+        for number, reader in enumerate(readers)
+        for frames in reader.by_task()
+    ]
     available = sum(len(group) for group in groups)
     count = max(1, round(available * fraction)) if fraction is not None else count
     assert count is not None
@@ -359,7 +375,7 @@ def _source_info(source: AnchorSource, dataset: LeRobotDataset, storage: str) ->
     episodes = None if source.episodes is None else sorted(source.episodes)
     # Absolute: a run may start in another folder than the build did.
     root = str(Path(source.root).resolve()) if storage == "reference" and source.root is not None else None
-    return SourceInfo(source.repo_id, root, str(dataset.revision), episodes, dataset.num_frames)
+    return SourceInfo(source.repo_id, root, str(dataset.revision), episodes, dataset.num_frames, source.prompt)
 
 
 def _finished(output: Path, draft: Mapping[str, Any]) -> AnchorManifest:

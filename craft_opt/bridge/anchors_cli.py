@@ -98,6 +98,13 @@ def _add_build_flags(build: argparse.ArgumentParser) -> None:
     add("--dataset.repo_id", dest="repo_ids", action="append", required=True, help="old skills; may be repeated")
     add("--dataset.root", dest="roots", action="append", default=[], help="folder of each dataset, in the same order")
     add("--dataset.revision", dest="revisions", action="append", default=[], help="revision of each, in the same order")
+    add(
+        "--prompt",
+        dest="prompts",
+        action="append",
+        default=[],
+        help="asks for an old skill on the frames of datasets that do not show it; may be repeated",
+    )
     add("--episodes", type=_episodes, help="episodes to draw from, such as 0-9,12 (one dataset only)")
     add("--output", "--output_dir", dest="output", required=True, help="folder of the cache")
     add("--num-samples", "--num_samples", dest="num_samples", type=int, help="anchors in all; this or --fraction")
@@ -137,10 +144,15 @@ def _build(args: argparse.Namespace) -> int:
 
     nothing = [None] * len(args.repo_ids)
     places = zip(args.repo_ids, args.roots or nothing, args.revisions or nothing, strict=True)
+    sources = [
+        AnchorSource(repo_id, root, args.episodes, revision, prompt)
+        for repo_id, root, revision in places
+        for prompt in args.prompts or [None]
+    ]
     manifest = build_cache(
         Path(args.output),
         args.policy,
-        [AnchorSource(repo_id, root, args.episodes, revision) for repo_id, root, revision in places],
+        sources,
         kind=args.kind,
         storage=args.storage,
         num_samples=args.num_samples,

@@ -94,7 +94,7 @@ def _description(cache: AnchorCache) -> list[str]:
     sources = [
         f"{source.repo_id}{f' in {source.root}' if source.root else ''} (revision {source.revision}, "
         f"{'all episodes' if source.episodes is None else f'episodes {_ranges(source.episodes)}'}, "
-        f"{source.frames} frames)"
+        f"{source.frames} frames{'' if source.prompt is None else f', with {source.prompt!r} for its prompt'})"
         for source in manifest.sources
     ]
     counts = dict.fromkeys(manifest.tasks, 0)

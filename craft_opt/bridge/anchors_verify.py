@@ -62,7 +62,7 @@ def verify_cache(
     manifest = cache.manifest
     whole = f"{folder} is whole: {len(cache)} anchors in {files_of(manifest)}, all checksums right"
     if manifest.storage == "reference":
-        names = ", ".join(source.repo_id for source in manifest.sources)
+        names = ", ".join(dict.fromkeys(source.repo_id for source in manifest.sources))
         whole += f", and the frames of {names} that it refers to are the same as at the build"
     if policy_path is None:
         return whole

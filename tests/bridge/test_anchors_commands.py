@@ -14,6 +14,7 @@ from craft_opt.bridge.anchors import build_cache
 from craft_opt.bridge.anchors_cli import main
 from craft_opt.bridge.anchors_inspect import BINS, Distribution
 from tests.bridge.test_anchors_bad_input import reseal
+from tests.quickstart.support import TASKS
 
 FORMS = [
     ("hidden", "self_contained"),
@@ -210,3 +211,16 @@ def test_the_commands_build_both_kinds_and_forms(world, tmp_path, capsys):
         "kind": "token_ce", "top_k": 3, "storage": "reference", "samples": 6, "token_source": "demonstrated"
     }  # fmt: skip
     assert "(6 anchors of 2 tasks, demonstrated action tokens" in capsys.readouterr().out
+
+
+def test_the_commands_ask_for_old_skills_on_other_frames(world, tmp_path, capsys):
+    command = ["build", f"--policy.path={world.teacher}", "--policy.device=cpu", "--dataset.repo_id=local/tiny"]
+    command += [f"--dataset.root={world.new}", f"--output={tmp_path / 'out'}", "--num-samples=4"]
+    prompts = [f"--prompt={task}" for task in TASKS]
+    assert main([*command, *prompts, "--action-tokens=demonstrated"]) == 2
+    assert "are no answer to --prompt" in capsys.readouterr().err
+    assert main([*command, *prompts]) == 0
+    assert "(4 anchors of 2 tasks" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"with {task!r} for its prompt" in shown for task in TASKS), shown

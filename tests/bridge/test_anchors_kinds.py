@@ -277,3 +277,39 @@ def test_a_teacher_can_be_prepared_without_demonstrated_actions(prepared):
 def test_the_manifest_says_its_format(token_cache):
     content = json.loads((token_cache.folder / "manifest.json").read_text())
     assert (content["format"], content["version"]) == (FORMAT, 2)
+
+
+# -- old skills asked for on other frames ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["self_contained", "reference"])
+@pytest.mark.parametrize("kind", ["hidden", "token_ce"])
+def test_prompts_take_the_place_of_the_frames_own(world, tmp_path, kind, storage):
+    sources = [AnchorSource("local/tiny", world.new, prompt=prompt) for prompt in TASKS]
+    settings = {"kind": kind, "storage": storage, "num_samples": 8, "policy_overrides": ["--device=cpu"]}
+    prepared = prepare_build(tmp_path / "cache", world.teacher, sources, **settings)
+    prepared.run(progress=False)
+    cache = AnchorCache.open(tmp_path / "cache")
+    assert cache.manifest.tasks == sorted(TASKS) and cache.manifest.token_source == "teacher"
+    assert Counter(cache.task_texts()) == dict.fromkeys(TASKS, 4)
+    # The frames are the new skill's, and the tokens what the teacher answers to the prompts on them.
+    anchors = cache.gather(list(range(8)))
+    assert sorted(anchors.tasks) == sorted(4 * TASKS)
+    plain = FrameReader(prepared.readers[0].dataset, (IMAGE_KEY,), {})
+    for index, (_, row) in enumerate(prepared.frames):
+        assert torch.equal(anchors.images[IMAGE_KEY][index], plain(row)[IMAGE_KEY])
+        assert plain.task(row) not in TASKS
+    teacher = prepared.teacher
+    batch = process_anchors(teacher.preprocessor, anchors.images, anchors.state, anchors.tasks)
+    with torch.no_grad():
+        tokens, mask = generated_tokens(teacher.policy, batch)
+    assert torch.equal(anchors.action_tokens, tokens) and torch.equal(anchors.action_token_mask, mask)
+
+
+def test_a_prompt_needs_the_teachers_answer(world, tmp_path):
+    source = AnchorSource("local/tiny", world.new, prompt=TASKS[0])
+    with pytest.raises(ValueError, match="are no answer to --prompt; leave --action-tokens out"):
+        build_cache(tmp_path / "cache", world.teacher, [source], num_samples=4, token_source="demonstrated")
+    with pytest.raises(ValueError, match="--prompt is empty"):
+        build_cache(tmp_path / "cache", world.teacher, [replace(source, prompt=" ")], num_samples=4)
+    assert not (tmp_path / "cache").exists()

@@ -85,10 +85,11 @@ def begin(caches, method, folder, *, number=1, before=None, steps=STEPS):
         seed=0,
         cache=None if method.only_latest else cache,
         latest=cache if method.only_latest else None,
+        prompted=None,
         memory=folder / "memory",
         before=before,
     )
-    craft = method.craft_config(str(inputs.cache or ""), BATCH)
+    craft = method.craft_config([inputs.cache] if inputs.cache else [], BATCH)
     cfg = caches.world.config(folder / "out", steps=steps)
     cfg.craft = craft
     cfg._arguments.append("--policy.optimizer_lr=0.01")
@@ -162,7 +163,7 @@ def merged(config, task, retention):
     ],
 )
 def test_how_the_gradients_merge(name, task, retention, expected):
-    moment, share, metrics = merged(METHODS[name].craft_config("", BATCH), task, retention)
+    moment, share, metrics = merged(METHODS[name].craft_config((), BATCH), task, retention)
     # fp32 moments, in units of the largest component.
     scale = max(map(abs, expected))
     assert [m / share for m in moment] == pytest.approx(expected, abs=1e-6 * scale)
@@ -172,10 +173,10 @@ def test_how_the_gradients_merge(name, task, retention, expected):
 
 def test_crafts_own_methods_keep_its_defaults():
     for name in ("hidden", "token_ce", *(f"hidden-{p}" for p in POOLINGS if p != DEFAULT_POOLING)):
-        config = METHODS[name].craft_config("somewhere", BATCH)
+        config = METHODS[name].craft_config([Path("somewhere")], BATCH)
         assert (config.use_grad_projection, config.lambda_lr, config.initial_lambda) == (True, 0.1, 1.0), name
         assert config.retention_mode == ("token_ce" if name == "token_ce" else "hidden")
-        assert config.enabled and not METHODS[name].craft_config("", BATCH).enabled
+        assert config.enabled and not METHODS[name].craft_config((), BATCH).enabled
 
 
 def test_every_pooling_is_a_method():
@@ -341,7 +342,7 @@ def test_lora_deploys_the_base_with_merged_adapters(caches, tmp_path):
     assert ranks == {16}
     run_steps(run, progress=False)
     batch = ReplayRetention(
-        AnchorCache.open(caches.world.cache), run.preprocessor, METHODS["hidden"].craft_config("", BATCH), 0
+        AnchorCache.open(caches.world.cache), run.preprocessor, METHODS["hidden"].craft_config((), BATCH), 0
     ).sample(wrapped, 0)
     wrapped.eval()
     with torch.no_grad(), METHODS["lora"].deployed(run, start) as merged_policy:
@@ -371,10 +372,10 @@ def methods_own(method):
 
 def test_settings_reach_the_optimizer_or_the_method():
     hidden = METHODS["hidden"].with_settings({"lambda_lr": 0.0, "lr": 1e-4})
-    assert hidden.craft_config("", 1).lambda_lr == 0.0
+    assert hidden.craft_config((), 1).lambda_lr == 0.0
     assert hidden.lr == 1e-4
     assert METHODS["retain"].with_settings({"alpha": 0.8}).alpha == 0.8
-    assert METHODS["hidden"].craft_config("", 1).lambda_lr == 0.1, "the method itself is as it was"
+    assert METHODS["hidden"].craft_config((), 1).lambda_lr == 0.1, "the method itself is as it was"
     with pytest.raises(ValueError, match="naive has no setting alpha"):
         METHODS["naive"].with_settings({"alpha": 0.5})
     with pytest.raises(ValueError, match="lambda_lr"):

@@ -203,16 +203,38 @@ class Bench:
         numbers = [stage - 1] if only_latest else list(range(stage))
         sources = [AnchorSource(self.repo(number), self.demonstrations(number)) for number in numbers]
         count = budget * sum(len(self.suite.stages[number]) for number in numbers)
-        what: dict[str, Any] = {"kind": method.stores}
-        if method.stores == "hidden":
-            what["pooling"] = method.pooling
-        else:
-            what |= {"top_k": self.settings.top_k, "token_source": "teacher"}
+        what = self._of_cache(method)
         teacher = teacher or self.teacher()
         if into is None:
             names = [Path(str(source.root)).name for source in sources]
             made_with = {"teacher": teacher.name, "data": names, "count": count, "seed": self.seed}
             into = self.kept.path("anchors", version=VERSION, what=what, **made_with)
+        self._build(into, teacher, sources, count, what)
+        return into
+
+    def prompted(self, method: Method, stage: int, teacher: Path, into: Path) -> Path:
+        """Frames of a stage's own demonstrations with a teacher's answers to the prompts of the skills before it.
+
+        Args:
+            method: Its kind of cache, pooling, and number of frames.
+            stage: The stage that will use them.
+            teacher: The policy before it.
+            into: Folder of the cache.
+        """
+        prompts = [skill.prompt for stage in self.suite.stages[:stage] for skill in stage]
+        repo, root = self.repo(stage), self.demonstrations(stage)
+        sources = [AnchorSource(repo, root, prompt=prompt) for prompt in prompts]
+        self._build(into, teacher, sources, method.prompted, self._of_cache(method) | {"token_source": "teacher"})
+        return into
+
+    def _of_cache(self, method: Method) -> dict[str, Any]:
+        if method.kind == "hidden":
+            return {"kind": method.kind, "pooling": method.pooling}
+        return {"kind": method.kind, "top_k": self.settings.top_k, "token_source": "teacher"}
+
+    def _build(
+        self, into: Path, teacher: Path, sources: Sequence[AnchorSource], count: int, what: Mapping[str, Any]
+    ) -> None:
         build_cache(
             into,
             teacher,
@@ -223,7 +245,6 @@ class Bench:
             progress=False,
             **what,
         )
-        return into
 
 
 def prepare_seed(output: Path, cells: Sequence[Cell], progress: Progress = lambda share: None) -> None:
@@ -364,7 +385,7 @@ class Stage:
             "skipped_steps": sum(step["skipped"] for step in steps),
             "last": _last(steps),
         }
-        for leftover in ("training", "anchors", "latest"):
+        for leftover in ("training", "anchors", "latest", "prompted"):
             shutil.rmtree(home / leftover, ignore_errors=True)
         write_atomically(record_file, json.dumps(record, indent=1))
         progress(1.0)
@@ -386,12 +407,16 @@ class Stage:
             found = self.bench.anchors(
                 method, self.cell.budget, self.number, self.start, into, only_latest=method.only_latest
             )
+        prompted = None
+        if method.prompted:
+            prompted = self.bench.prompted(method, self.number, self.start, home / "prompted")
         before = self.folder / f"stage-{self.number - 1}" / "memory" if self.number > 1 else None
         return StageInputs(
             number=self.number,
             seed=self.cell.seed,
             cache=None if method.only_latest else found,
             latest=found if method.only_latest else None,
+            prompted=prompted,
             memory=home / "memory",
             before=before,
         )
@@ -399,13 +424,13 @@ class Stage:
     def _prepare(self, home: Path, inputs: StageInputs) -> Run:
         settings, method = self.bench.settings, self.method
         old = sum(stage < self.number for stage in self.bench.suite.learned)
-        batch = max(1, min(ANCHOR_BATCH, self.cell.budget * old))
+        batch = max(1, min(ANCHOR_BATCH, self.cell.budget * old + method.prompted))
         cfg = fine_tune_config(
             self.start,
             self.bench.repo(self.number),
             self.bench.demonstrations(self.number),
             home / "training",
-            craft=method.craft_config(str(inputs.cache or ""), batch),
+            craft=method.craft_config([cache for cache in (inputs.cache, inputs.prompted) if cache], batch),
             device=self.bench.device,
             policy_overrides=[
                 f"--optimizer_lr={method.lr or settings.lr}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -61,6 +61,8 @@ class StageInputs:
         cache: Anchors of the skills learned so far, as the starting policy sees them; None where the method asks for
             none.
         latest: The same of the skills that the stage before taught; None where the method asks for none.
+        prompted: Frames of the stage's own demonstrations, with the starting policy's answers to the old skills'
+            prompts; None where the method asks for none.
         memory: Folder of what the method hands to the next stage.
         before: That of the stage before; None in the first.
     """
@@ -69,6 +71,7 @@ class StageInputs:
     seed: int
     cache: Path | None
     latest: Path | None
+    prompted: Path | None
     memory: Path
     before: Path | None
 
@@ -85,6 +88,9 @@ class Method:
         craft: Settings of the optimizer and of the anchors.
         pooling: Where a ``hidden`` cache takes its features.
         lr: Largest learning rate; None takes the benchmark's.
+        prompted: Frames of the new skill's demonstrations on which the old skills are asked for, as more anchors; they
+            are made when a stage begins and not stored.
+        prompted_weight: Their weight in L_ret, where that of the stored samples is 1.
         knobs: Settings that the tuning tries, the defaults (``{}``) first; as many for every method.
     """
 
@@ -95,12 +101,19 @@ class Method:
     craft: Settings = field(default_factory=dict)
     pooling: str = DEFAULT_POOLING
     lr: float | None = None
+    prompted: int = 0
+    prompted_weight: float = 1.0
     knobs: tuple[Settings, ...] = ()
 
     @property
     def uses_anchors(self) -> bool:
         """Whether the budget of anchors means anything to it."""
         return self.stores != "nothing"
+
+    @property
+    def kind(self) -> str:
+        """Kind of the caches that it asks for."""
+        return self.stores if self.uses_anchors else "hidden"
 
     def with_settings(self, settings: Settings) -> Method:
         """The method with other settings: fields of its own, or of :class:`CraftConfig`.
@@ -117,19 +130,20 @@ class Method:
         changed = {name: value for name, value in settings.items() if name in own}
         merged = {**self.craft, **{name: value for name, value in settings.items() if name not in own}}
         found = replace(self, craft=merged, **changed)
-        found.craft_config("", 1)  # refuses a bad value here, where it was given
+        found.craft_config((), 1)  # refuses a bad value here, where it was given
         return found
 
-    def craft_config(self, cache: str, batch_size: int) -> CraftConfig:
-        """The optimizer's settings, and the anchors' where there is a cache."""
-        mode = {"retention_mode": self.stores} if self.uses_anchors else {}
+    def craft_config(self, caches: Sequence[Path], batch_size: int) -> CraftConfig:
+        """The optimizer's settings, and the anchors' where there are caches: stored samples, then prompted frames."""
+        mode = {"retention_mode": self.kind} if self.uses_anchors or self.prompted else {}
         return CraftConfig(
             **{
                 **COMMON,
                 **self.craft,
                 **mode,
-                "enabled": bool(cache),
-                "anchor_cache_dir": cache,
+                "enabled": bool(caches),
+                "anchor_cache_dir": ",".join(map(str, caches)),
+                "anchor_cache_weights": f"1,{self.prompted_weight}" if len(caches) > 1 else "",
                 "anchor_batch_size": batch_size,
             }
         )
