@@ -48,6 +48,8 @@ class CraftConfig:
             ``task_priority`` (g_t' + min(λ, 1) g_r).
         anchor_cache_weights: Weights of the caches where ``anchor_cache_dir`` names several, as text with commas,
             such as ``2,1``; empty means equal weights. They are normalised to a sum of 1.
+        replay_weight: For ``hidden``: weight of the cross-entropy of the anchors' action tokens in the retention
+            gradient, beside that of the drift; at least 0. L_ret, which λ and ε look at, is the drift alone.
         teacher: Where the teacher's features come from under ``hidden``: ``cache`` (stored) or ``adapters_off``
             (computed at every retention step by the policy itself with its LoRA adapters switched off; the cache gives
             the samples alone).
@@ -98,6 +100,7 @@ class CraftConfig:
     conflict_threshold: float = -0.1
     projection_mode: str = "weighted"
     anchor_cache_weights: str = ""
+    replay_weight: float = 0.0
     teacher: str = "cache"
     token_loss: str = "kl"
     off_steps: str = "skip"
@@ -136,6 +139,7 @@ class CraftConfig:
         _check_range("epsilon_end", self.epsilon_end, 0.0)
         _check_range("conflict_threshold", self.conflict_threshold, -1.0, 1.0)
         _check_range("reuse_decay", self.reuse_decay, 0.0, 1.0)
+        _check_range("replay_weight", self.replay_weight, 0.0)
         _check_range("nupi_kp", self.nupi_kp, 0.0)
         _check_range("nupi_nu", self.nupi_nu, 0.0, BELOW_ONE)
         _check_range("retention_ema", self.retention_ema, 0.0, BELOW_ONE)
@@ -146,6 +150,11 @@ class CraftConfig:
             raise ValueError(
                 f"teacher='adapters_off' gives features, and retention_mode is {self.retention_mode!r}; "
                 f"use retention_mode='hidden' or teacher='cache'"
+            )
+        if self.replay_weight and self.retention_mode != "hidden":
+            raise ValueError(
+                f"replay_weight={self.replay_weight!r} adds to the features' gradient, and retention_mode is "
+                f"{self.retention_mode!r}; use retention_mode='hidden' or replay_weight=0"
             )
         if self.epsilon_schedule == "exponential" and min(self.epsilon_start, self.epsilon_end) <= 0:
             raise ValueError(

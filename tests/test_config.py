@@ -52,5 +52,12 @@ def test_exponential_schedule_needs_positive_ends():
         CraftConfig(epsilon_schedule="exponential", epsilon_end=0.0)
 
 
+def test_replay_goes_with_features():
+    with pytest.raises(ValueError, match=r"replay_weight=0\.3 adds to the features' gradient"):
+        CraftConfig(retention_mode="token_ce", replay_weight=0.3)
+    with pytest.raises(ValueError, match="replay_weight must be finite and at least 0"):
+        CraftConfig(replay_weight=-1.0)
+
+
 def test_an_int_serves_as_a_float():
     assert CraftConfig(initial_lambda=2).initial_lambda == 2

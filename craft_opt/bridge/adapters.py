@@ -32,6 +32,7 @@ from craft_opt.bridge.retention_term import (
     CacheRetention,
     ExpectedFeatures,
     MakeTerm,
+    student_of,
 )
 from craft_opt.config import CraftConfig
 
@@ -127,8 +128,8 @@ class OnTheFlyTeacher(CacheRetention):
             self._variance = self._teacher_variance(policy)
         batch = self._batch(policy, anchors)
         teacher = teacher_features(policy, batch, self.spec)
-        student = hidden_features(policy, batch, self.spec)
-        return retention_loss(student, teacher, kind or self._config.retention_loss, self._variance)
+        student, replay = student_of(policy, batch, self.spec, 0.0 if kind else self._config.replay_weight)
+        return retention_loss(student, teacher, kind or self._config.retention_loss, self._variance) + replay
 
     def _drift(self, policy: nn.Module, anchors: AnchorBatch) -> float:
         return self._loss(policy, anchors, "nmse").item()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from lerobot.utils.constants import (
     OBS_LANGUAGE_TOKENS,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from craft_opt.retention import POOLINGS, feature_loss, pool_features
 
@@ -129,12 +130,67 @@ def hidden_features(policy: nn.Module, batch: Mapping[str, Any], spec: FeatureSp
     Returns:
         Features in the dtype that the model computes in.
     """
+    return _pooled(_states(policy, batch, spec.layers, with_actions=spec.needs_actions), spec.pooling)
+
+
+def features_and_token_loss(
+    policy: nn.Module, batch: Mapping[str, Any], spec: FeatureSpec
+) -> tuple[Features, Float[Tensor, ""]]:
+    """Compute features and the policy's own token loss of a processed batch in one forward.
+
+    Args:
+        policy: A pi0_fast policy, in PEFT or not.
+        batch: What the policy's preprocessor gives, with action token ids.
+        spec: Layers and pooling.
+
+    Returns:
+        What :func:`hidden_features` gives, and the mean cross-entropy of the action tokens in nats, fp32.
+    """
+    depth = depth_of(policy)
+    states = _states(policy, batch, sorted({*spec.layers, depth}), with_actions=True)
+    predicting, mask = _predicting(states.by_layer[depth], batch)
+    head = pi0_fast_of(policy).model.paligemma_with_expert.paligemma.lm_head
+    # Only the positions that count: the vocabulary's width makes logits the largest tensor of the forward.
+    loss = functional.cross_entropy(head(predicting[mask]).float(), batch[ACTION_TOKENS][mask].long())
+    if not spec.needs_actions:
+        states = states.without_actions()
+    return _pooled(states.at(spec.layers), spec.pooling), loss
+
+
+@dataclass(frozen=True)
+class _States:
+    """Hidden states of a sequence of images, prompt and perhaps action tokens.
+
+    Attributes:
+        by_layer: Layer → (batch, positions, features).
+        valid: (batch, positions), False on padding.
+        n_image: Positions of images, the first.
+        n_action: Positions of action tokens, the last.
+    """
+
+    by_layer: dict[int, Tensor]
+    valid: Tensor
+    n_image: int
+    n_action: int
+
+    def at(self, layers: Sequence[int]) -> _States:
+        """Some of the layers."""
+        return replace(self, by_layer={layer: self.by_layer[layer] for layer in layers})
+
+    def without_actions(self) -> _States:
+        """Images and prompt alone; they never see the action tokens."""
+        kept = self.valid.shape[1] - self.n_action
+        by_layer = {layer: states[:, :kept] for layer, states in self.by_layer.items()}
+        return _States(by_layer, self.valid[:, :kept], self.n_image, 0)
+
+
+def _states(policy: nn.Module, batch: Mapping[str, Any], layers: Sequence[int], *, with_actions: bool) -> _States:
     base = pi0_fast_of(policy)
     core = base.model
     # LeRobot's own image path (resizing, range, masks of absent cameras): shared with the token loss, not repeated.
     images, image_masks = base._preprocess_images(dict(batch))
-    tokens = batch[ACTION_TOKENS] if spec.needs_actions else None
-    token_mask = batch[ACTION_TOKEN_MASK] if spec.needs_actions else None
+    tokens = batch[ACTION_TOKENS] if with_actions else None
+    token_mask = batch[ACTION_TOKEN_MASK] if with_actions else None
     embeddings, valid, attention, n_image, n_action = core.embed_prefix_fast(
         images,
         image_masks,
@@ -147,7 +203,7 @@ def hidden_features(policy: nn.Module, batch: Mapping[str, Any], spec: FeatureSp
     compute_dtype = language.layers[0].self_attn.q_proj.weight.dtype
     if compute_dtype == torch.bfloat16:
         embeddings = embeddings.to(compute_dtype)
-    with _collected(language, spec.layers) as hidden:
+    with _collected(language, layers) as hidden:
         (last, _), _ = core.paligemma_with_expert.forward(
             attention_mask=prepare_attention_masks_4d(attention, dtype=embeddings.dtype),
             position_ids=torch.cumsum(valid, dim=1) - 1,
@@ -156,9 +212,9 @@ def hidden_features(policy: nn.Module, batch: Mapping[str, Any], spec: FeatureSp
             use_cache=False,
             adarms_cond=[None, None],
         )
-    if len(language.layers) in spec.layers:
+    if len(language.layers) in layers:
         hidden[len(language.layers)] = last
-    return _pooled(hidden, valid, n_image, n_action, spec.pooling)
+    return _States(hidden, valid, n_image, n_action)
 
 
 def action_logits(
@@ -175,12 +231,16 @@ def action_logits(
         tokens that the token loss counts: the real ones without the start token, which is given and never predicted.
     """
     depth = depth_of(policy)
-    hidden = hidden_features(policy, batch, FeatureSpec((depth,), "none")).by_layer[depth]
-    head = pi0_fast_of(policy).model.paligemma_with_expert.paligemma.lm_head
+    predicting, mask = _predicting(_states(policy, batch, (depth,), with_actions=True).by_layer[depth], batch)
+    return pi0_fast_of(policy).model.paligemma_with_expert.paligemma.lm_head(predicting), mask
+
+
+def _predicting(last: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The states that predict the action tokens, and which of these the token loss counts."""
     mask = batch[ACTION_TOKEN_MASK].clone()
     mask[:, 0] = False
     # One to the left: the state before token i predicts it.
-    return head(hidden[:, -mask.shape[1] - 1 : -1]), mask
+    return last[:, -mask.shape[1] - 1 : -1], mask
 
 
 def retention_loss(
@@ -251,7 +311,8 @@ def _collected(language: Any, layers: Sequence[int]) -> Iterator[dict[int, Tenso
             handle.remove()
 
 
-def _pooled(hidden: dict[int, Tensor], valid: Tensor, n_image: int, n_action: int, pooling: str) -> Features:
+def _pooled(states: _States, pooling: str) -> Features:
+    hidden, valid, n_image, n_action = states.by_layer, states.valid, states.n_image, states.n_action
     image_mask = torch.zeros_like(valid)
     image_mask[:, :n_image] = True
     action_mask = torch.zeros_like(valid)

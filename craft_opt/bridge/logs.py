@@ -243,6 +243,8 @@ def banner_lines(craft: CraftConfig) -> list[str]:
     # What follows is told where it departs from the defaults, or means something in this mode.
     if craft.retention_mode == "token_ce":
         lines.append(f"token loss: {craft.token_loss}")
+    if craft.replay_weight:
+        lines.append(f"replay weight: {float(craft.replay_weight)}")
     if craft.off_steps == "reuse":
         lines.append(f"between retention steps: reuse, decay {float(craft.reuse_decay)}")
     if craft.lambda_controller == "nupi":

@@ -29,6 +29,7 @@ from craft_opt.bridge.features import (
     Features,
     FeatureSpec,
     depth_of,
+    features_and_token_loss,
     hidden_features,
     language_model_of,
     pi0_fast_of,
@@ -123,7 +124,7 @@ class CacheRetention(ABC):
 
 
 class HiddenRetention(CacheRetention):
-    """The distance of the student's hidden features to the teacher's."""
+    """The distance of the student's hidden features to the teacher's, with the anchors' replay where wanted."""
 
     tolerance = DRIFT_TOLERANCE
 
@@ -136,16 +137,31 @@ class HiddenRetention(CacheRetention):
         self._variance = {int(layer): value for layer, value in manifest.teacher_variance.items()}
 
     def _loss(self, policy: nn.Module, anchors: AnchorBatch, kind: str = "") -> Tensor:
-        student = hidden_features(policy, self._batch(policy, anchors), self._spec)
+        weight = 0.0 if kind else self._config.replay_weight
+        student, replay = student_of(policy, self._batch(policy, anchors), self._spec, weight)
         device = student.mask.device
         assert anchors.feature_mask is not None
         teacher = Features(
             {layer: value.to(device) for layer, value in anchors.features.items()}, anchors.feature_mask.to(device)
         )
-        return retention_loss(student, teacher, kind or self._config.retention_loss, self._variance)
+        return retention_loss(student, teacher, kind or self._config.retention_loss, self._variance) + replay
 
     def _drift(self, policy: nn.Module, anchors: AnchorBatch) -> float:
         return self._loss(policy, anchors, "nmse").item()
+
+
+def student_of(
+    policy: nn.Module, batch: dict[str, Any], spec: FeatureSpec, replay_weight: float
+) -> tuple[Features, Tensor | float]:
+    """The student's features, and a replay of the anchors' action tokens that is 0 in value and has a gradient.
+
+    ``replay = w (CE − sg(CE))``: added to the drift it pulls with ``w ∇CE`` and leaves the constraint, which λ and ε
+    look at, the drift alone.
+    """
+    if not replay_weight:
+        return hidden_features(policy, batch, spec), 0.0
+    features, loss = features_and_token_loss(policy, batch, spec)
+    return features, replay_weight * (loss - loss.detach())
 
 
 class TokenRetention(CacheRetention):

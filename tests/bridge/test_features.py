@@ -8,6 +8,7 @@ from torch.utils.data import default_collate
 from craft_opt.bridge.features import (
     FeatureSpec,
     action_logits,
+    features_and_token_loss,
     generated_tokens,
     hidden_features,
     language_model_of,
@@ -81,6 +82,21 @@ def test_action_logits_give_the_policys_own_loss(policy_and_batch):
     torch.testing.assert_close(own, loss, rtol=1e-6, atol=0)
     shifted = torch.nn.functional.cross_entropy(logits.roll(1, dims=1)[mask], batch[ACTION_TOKENS][mask])
     assert abs(shifted - loss) > 1e-3, "the test must see a shift by one"
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_features_and_token_loss_are_those_of_two_forwards(policy_and_batch, pooling):
+    policy, batch = policy_and_batch
+    spec = FeatureSpec((2, DEPTH), pooling)
+    with torch.no_grad():
+        together, loss = features_and_token_loss(policy, batch, spec)
+        alone = hidden_features(policy, batch, spec)
+        own, _ = policy(batch)
+    torch.testing.assert_close(loss, own, rtol=1e-6, atol=0)
+    assert torch.equal(together.mask, alone.mask)
+    for layer in (2, DEPTH):
+        # The prefix is computed beside the action tokens here and without them there: rounding.
+        torch.testing.assert_close(together.by_layer[layer], alone.by_layer[layer], rtol=1e-4, atol=1e-5)
 
 
 def test_action_logits_carry_gradients_to_head_and_decoder(policy_and_batch):

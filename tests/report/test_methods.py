@@ -1,7 +1,6 @@
 """Every method does what its name says, on a small pi0_fast with real caches and the real loop."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from craft_opt.bridge.policies import has_adapters
 from craft_opt.bridge.report import methods
 from craft_opt.bridge.report.methods import METHODS, SHORT_LIST, StageInputs, cache_bytes, method_named, parameter_bytes
 from craft_opt.bridge.report.terms import (
-    HiddenAndReplay,
     QuadraticPenalty,
     ReplayRetention,
     diagonal_fisher,
@@ -42,7 +40,6 @@ TERMS = {
     "replay": ReplayRetention,
     "agem": ReplayRetention,
     "token_ce": TokenRetention,
-    "hidden+replay": HiddenAndReplay,
 }
 
 
@@ -287,21 +284,29 @@ def test_replay_is_the_policys_own_loss_on_stored_samples(caches, tmp_path):
     assert cache_bytes(inputs.cache, features=True) > cache_bytes(inputs.cache, features=False) > 20 * 32 * 32 * 3
 
 
-def test_hidden_and_replay_is_the_sum_of_both(caches, tmp_path):
+def test_hidden_and_replay_pulls_with_both_gradients(caches, tmp_path):
     method = METHODS["hidden+replay"].with_settings({"replay_weight": 0.3})
     run, inputs, _ = begin(caches, method, tmp_path, steps=5)
     run_steps(run, progress=False)
     policy, craft = run.parts.policy.eval(), run.cfg.craft
-    parts = {}
-    for name, make in (
-        ("both", partial(HiddenAndReplay, weight=0.3)),
-        ("hidden", HiddenRetention),
-        ("replay", ReplayRetention),
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    values, gradients = {}, {}
+    for name, config, make in (
+        ("both", craft, HiddenRetention),
+        ("hidden", replace(craft, replay_weight=0.0), HiddenRetention),
+        ("replay", craft, ReplayRetention),
     ):
-        cache = AnchorCache.open(inputs.cache)
-        parts[name] = Retention([cache], run.preprocessor, craft, 0, make).loss(policy).item()
-    assert parts["both"] == pytest.approx(parts["hidden"] + 0.3 * parts["replay"], rel=1e-5)
-    assert parts["hidden"] > 0
+        loss = Retention([AnchorCache.open(inputs.cache)], run.preprocessor, config, 0, make).loss(policy)
+        values[name] = loss.item()
+        parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        gradients[name] = torch.cat([part.flatten() for part in parts])
+    assert values["both"] == values["hidden"] > 0, "the constraint is the drift alone"
+    assert gradients["hidden"].norm() > 0.1 * gradients["replay"].norm(), (
+        "both must count for the test to say something"
+    )
+    # One backward pass adds in another order than two: rounding.
+    difference = gradients["both"] - gradients["hidden"] - 0.3 * gradients["replay"]
+    assert difference.norm() < 1e-5 * gradients["both"].norm()
     assert run.parts.term.drift(policy) == pytest.approx(
         Retention([AnchorCache.open(inputs.cache)], run.preprocessor, craft, 0, HiddenRetention).drift(policy)
     )
@@ -365,9 +370,7 @@ def test_every_method_has_as_many_settings_to_try_the_defaults_first():
 
 
 def methods_own(method):
-    return {
-        name: getattr(method, name) for name in ("pooling", "alpha", "rank", "replay_weight") if hasattr(method, name)
-    }
+    return {name: getattr(method, name) for name in ("pooling", "alpha", "rank") if hasattr(method, name)}
 
 
 def test_settings_reach_the_optimizer_or_the_method():

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from craft_opt.bridge.config import CraftTrainConfig
 from craft_opt.bridge.features import DEFAULT_POOLING, pi0_fast_of
 from craft_opt.bridge.loop import Run
 from craft_opt.bridge.report.terms import (
-    HiddenAndReplay,
     QuadraticPenalty,
     ReplayRetention,
     diagonal_fisher,
@@ -38,7 +36,7 @@ from craft_opt.bridge.report.terms import (
     load_fisher,
     save_fisher,
 )
-from craft_opt.bridge.retention_term import MakeTerm, Retention
+from craft_opt.bridge.retention_term import Retention
 from craft_opt.bridge.step import RetentionTerm
 from craft_opt.retention import POOLINGS
 
@@ -220,27 +218,18 @@ class EWC(Method):
 
 @dataclass(frozen=True)
 class Rehearsal(Method):
-    """A loss on stored samples that is not of the features in their cache.
-
-    Attributes:
-        replay_weight: Weight of the cross-entropy beside the features, for ``hidden+replay``.
-    """
-
-    replay_weight: float | None = None
+    """The policy's own loss on stored samples, whose cache's features are not used."""
 
     def attach(self, run: Run, inputs: StageInputs) -> Run:
         """Take the checked caches of the run, and another loss of them."""
         assert run.term is not None
-        make: MakeTerm = ReplayRetention
-        if self.replay_weight is not None:
-            make = partial(HiddenAndReplay, weight=self.replay_weight)
         caches = [term.cache for term in run.term.terms]
-        return with_term(run, Retention(caches, run.preprocessor, run.cfg.craft, inputs.seed, make))
+        return with_term(run, Retention(caches, run.preprocessor, run.cfg.craft, inputs.seed, ReplayRetention))
 
     def stored_bytes(self, run: Run, inputs: StageInputs) -> int:
-        """The samples, and their features where those are used."""
+        """The samples without their features."""
         assert inputs.cache is not None
-        return cache_bytes(inputs.cache, features=self.replay_weight is not None)
+        return cache_bytes(inputs.cache, features=False)
 
 
 @dataclass(frozen=True)
@@ -401,12 +390,11 @@ METHODS: dict[str, Method] = {
             lr=1e-3,
             knobs=({}, {"lr": 3e-3}, {"rank": 4}, {"rank": 4, "lr": 3e-3}),
         ),
-        Rehearsal(
+        Method(
             "hidden+replay",
             "CRaFT's features and the cross-entropy on the same anchors, λ fixed, projection on",
             stores="hidden",
-            craft={"initial_lambda": 1.0, "lambda_lr": 0.0},
-            replay_weight=1.0,
+            craft={"initial_lambda": 1.0, "lambda_lr": 0.0, "replay_weight": 1.0},
             knobs=({}, {"replay_weight": 0.3}, {"initial_lambda": 3.0}, {"initial_lambda": 3.0, "replay_weight": 0.3}),
         ),
     )

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.processor import PolicyProcessorPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from craft_opt.bridge.anchor_cache import AnchorBatch, AnchorCache
-from craft_opt.bridge.retention_term import CE_TOLERANCE, CacheRetention, HiddenRetention
-from craft_opt.config import CraftConfig
+from craft_opt.bridge.anchor_cache import AnchorBatch
+from craft_opt.bridge.retention_term import CE_TOLERANCE, CacheRetention
 
 
 def token_loss(policy: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -47,34 +45,6 @@ class ReplayRetention(CacheRetention):
     def sample(self, policy: nn.Module, index: int) -> dict[str, Any]:
         """One stored sample as a processed batch of one."""
         return self._batch(policy, self.cache.gather([index]))
-
-
-class HiddenAndReplay(HiddenRetention):
-    """Both on the same anchors: ``L_ret = L_hidden + weight · CE``.
-
-    Args:
-        cache: The anchor cache.
-        preprocessor: The run's preprocessor.
-        config: Settings of the method.
-        seed: Seed of the order of anchors.
-        weight: Of the cross-entropy.
-    """
-
-    def __init__(
-        self,
-        cache: AnchorCache,
-        preprocessor: PolicyProcessorPipeline,
-        config: CraftConfig,
-        seed: int,
-        weight: float = 1.0,
-    ) -> None:
-        super().__init__(cache, preprocessor, config, seed)
-        self._weight = weight
-
-    def _loss(self, policy: nn.Module, anchors: AnchorBatch, kind: str = "") -> Tensor:
-        hidden = super()._loss(policy, anchors, kind)
-        # The drift is asked for with a kind of its own and is that of the features alone.
-        return hidden if kind else hidden + self._weight * token_loss(policy, self._batch(policy, anchors))
 
 
 class QuadraticPenalty:
