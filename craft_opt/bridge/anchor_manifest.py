@@ -162,7 +162,15 @@ class AnchorManifest:
     @property
     def digest(self) -> str:
         """Checksum of the manifest, and through the shards' checksums of the whole cache."""
-        return _sha256_of_json(asdict(self))
+        return _sha256_of_json(self._as_json())
+
+    def _as_json(self) -> dict[str, Any]:
+        """All of it; a source without a prompt says nothing of one, as before there were prompts."""
+        content = asdict(self)
+        for source in content["sources"]:
+            if source["prompt"] is None:
+                del source["prompt"]
+        return content
 
     @property
     def content(self) -> str:
@@ -174,7 +182,7 @@ class AnchorManifest:
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` in one rename."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self), "manifest_sha256": self.digest}
+        content = {"format": FORMAT, "version": VERSION, **self._as_json(), "manifest_sha256": self.digest}
         write_atomically(folder / MANIFEST_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod

@@ -10,7 +10,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -54,7 +54,8 @@ def read_json(file: Path, remedy: str) -> Any:
 def typed(value: Any, hint: Any, name: str) -> Any:
     """What JSON holds as what a type hint says: dataclasses are made, everything else is compared.
 
-    A bool is no number, 1.0 is no whole number, and a dataclass has exactly its fields.
+    A bool is no number, 1.0 is no whole number, and a dataclass has exactly its fields, of which only those with a default
+    may be left out.
 
     Args:
         value: What was read.
@@ -73,10 +74,10 @@ def typed(value: Any, hint: Any, name: str) -> Any:
         return {key: typed(item, inner[1], f"{name}[{shown(key)}]") for key, item in value.items()}
     if is_dataclass(hint) and isinstance(hint, type) and type(value) is dict:
         hints = typing.get_type_hints(hint)
-        names = {field.name for field in fields(hint)}
-        if odd := sorted(names ^ value.keys()):
-            raise ValueError(f"{name} has {'no' if odd[0] in names else 'an unknown'} field {shown(odd[0])}")
-        return hint(**{key: typed(value[key], hints[key], key) for key in names})
+        needed = {field.name for field in fields(hint) if field.default is MISSING}
+        if odd := sorted(needed - value.keys() | value.keys() - hints.keys()):
+            raise ValueError(f"{name} has {'no' if odd[0] in needed else 'an unknown'} field {shown(odd[0])}")
+        return hint(**{key: typed(value[key], hints[key], key) for key in hints if key in value})
     if origin is None and type(value) is hint:
         return value
     wanted = {int: "no whole number", float: "no real number", str: "no text"}.get(hint, "not of its form")

@@ -306,6 +306,17 @@ def test_prompts_take_the_place_of_the_frames_own(world, tmp_path, kind, storage
     assert torch.equal(anchors.action_tokens, tokens) and torch.equal(anchors.action_token_mask, mask)
 
 
+def test_a_cache_without_prompts_is_written_as_before_there_were_any(token_cache, tmp_path):
+    written = json.loads((token_cache.folder / "manifest.json").read_text())
+    assert all("prompt" not in source for source in written["sources"])
+    assert AnchorManifest.read(token_cache.folder).sources[0].prompt is None
+    info = replace(token_cache.manifest.sources[0], prompt="close the drawer")
+    asking = replace(token_cache.manifest, sources=[info])
+    asking.write(tmp_path)
+    assert AnchorManifest.read(tmp_path).sources[0].prompt == "close the drawer"
+    assert asking.digest != token_cache.manifest.digest
+
+
 def test_a_prompt_needs_the_teachers_answer(world, tmp_path):
     source = AnchorSource("local/tiny", world.new, prompt=TASKS[0])
     with pytest.raises(ValueError, match="are no answer to --prompt; leave --action-tokens out"):
