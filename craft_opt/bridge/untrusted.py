@@ -54,7 +54,7 @@ def read_json(file: Path, remedy: str) -> Any:
 def typed(value: Any, hint: Any, name: str) -> Any:
     """What JSON holds as what a type hint says: dataclasses are made, everything else is compared.
 
-    A bool is no number, 1.0 is no whole number, and a dataclass has exactly its fields; one with a default may be absent.
+    A bool is no number, 1.0 no whole number, and a dataclass has exactly its fields; one with a default may be absent.
 
     Args:
         value: What was read.

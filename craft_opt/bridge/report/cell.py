@@ -50,7 +50,7 @@ from craft_opt.bridge.report.suites import SUITES, Suite
 
 RESULT_FILE, RECORD_FILE, PROGRESS_FILE, POLICY_FOLDER = "result.json", "record.json", "progress", "policy"
 # Cells take 400 steps rather than the quickstart's 1000, a minute instead of three.
-STEPS = 400
+STEPS = 600
 ANCHOR_BATCH = 32
 # Raised when the code of a cell changes what it measures: cells of before are then run anew.
 CELL_VERSION = 1
