@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from craft_opt.bridge.quickstart.simulation import end_with_parent
 from craft_opt.bridge.report.cell import PROGRESS_FILE, RESULT_FILE, Cell, prepare_seed, run_cell
 from craft_opt.bridge.report.methods import method_named
 from craft_opt.bridge.report.provenance import usable_cores
+from craft_opt.bridge.report.workers import Workers
 
 MATRIX_FILE = "matrix.json"
 CELLS_OF_A_WORKER = 8  # a worker that lives long keeps what its environments leave behind
@@ -92,6 +92,7 @@ def run_matrix(output: Path, cells: Sequence[Cell], jobs: int, *, show: bool = T
             waiting[future] = (f"{suite} seed {seed}: data, teacher, anchors", folder, members)
         while waiting:
             done, _ = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            pool.hand_out()
             for future in done:
                 label, folder, members = waiting.pop(future)
                 if (error := future.exception()) is not None:
@@ -183,6 +184,9 @@ def _is_finished(output: Path, cell: Cell) -> bool:
 class _InProcess(Executor):
     """Runs what is submitted at once, in this process."""
 
+    def hand_out(self) -> None:
+        """Nothing waits."""
+
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run it and return a future that is done."""
         future: Future[Any] = Future()
@@ -193,18 +197,13 @@ class _InProcess(Executor):
         return future
 
 
-def _executor(jobs: int) -> Executor:
+def _executor(jobs: int) -> Workers | _InProcess:
     if jobs == 0:
         return _InProcess()
     # Read by the workers when they import torch: more threads than cores slow small models down many times over.
     os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // jobs))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return ProcessPoolExecutor(
-        jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin,
-        max_tasks_per_child=CELLS_OF_A_WORKER,
-    )
+    return Workers(jobs, CELLS_OF_A_WORKER, _begin)
 
 
 def _begin() -> None:
