@@ -269,12 +269,16 @@ def test_a_killed_benchmark_goes_on(tmp_path):
 def test_the_other_suites_run(name, tmp_path):
     sizes = {"episodes": 2, "held_out_episodes": 1, "teacher_steps": 3, "steps": 4, "rollouts": 2, "batch_size": 8}
     cells = [
-        Cell(name, method, 8 if METHODS[method].uses_anchors else 0, 0, {}, sizes) for method in ("hidden", "lora")
+        Cell(name, "hidden", 8, 0, {}, sizes),
+        Cell(name, "hidden", 8, 0, {"prompted": 12}, sizes),
+        Cell(name, "lora", 0, 0, {}, sizes),
     ]
     results = run_matrix(tmp_path, cells, 0, show=False)
     for result in results:
         assert len(result["stages"]) == len(SUITES[name].stages) - 1
         assert all(stage["skipped_steps"] == 0 for stage in result["stages"])
+    stored, prompted, _ = ([stage["stored_bytes"] for stage in result["stages"]] for result in results)
+    assert stored == prompted, "frames of the new skill are not kept for the next stage"
 
 
 def test_a_tuning_runs(tmp_path):

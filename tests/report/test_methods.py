@@ -25,6 +25,7 @@ from craft_opt.bridge.report.terms import (
 )
 from craft_opt.bridge.retention_term import HiddenRetention, Retention, TokenRetention
 from craft_opt.retention import POOLINGS
+from tests.quickstart.support import TASKS
 from tests.support.asserts import assert_same_bits
 
 STEPS = 3
@@ -310,6 +311,25 @@ def test_hidden_and_replay_pulls_with_both_gradients(caches, tmp_path):
     assert run.parts.term.drift(policy) == pytest.approx(
         Retention([AnchorCache.open(inputs.cache)], run.preprocessor, craft, 0, HiddenRetention).drift(policy)
     )
+
+
+def test_prompted_frames_join_the_stored_samples(caches, tmp_path):
+    world = caches.world
+    sources = [replace(world.source(), root=world.new, prompt=prompt) for prompt in TASKS]
+    flags = ["--device=cpu"]
+    build_cache(tmp_path / "asked", world.teacher, sources, num_samples=8, policy_overrides=flags, progress=False)
+    method = METHODS["hidden"].with_settings({"prompted": 8, "prompted_weight": 3.0})
+    craft = method.craft_config([world.cache, tmp_path / "asked"], BATCH)
+    assert (craft.anchor_cache_weights, craft.retention_mode) == ("1,3.0", "hidden")
+    cfg = world.config(tmp_path / "out", steps=STEPS)
+    cfg.craft = craft
+    run = prepare(cfg)
+    assert run.term.counts == [1, 3]
+    run_steps(run, progress=False)
+    assert run.term.positions == (STEPS, 3 * STEPS)
+    # Without stored samples the frames are all there is.
+    alone = METHODS["naive"].with_settings({"prompted": 8}).craft_config([tmp_path / "asked"], BATCH)
+    assert alone.enabled and alone.retention_mode == "hidden" and not alone.anchor_cache_weights
 
 
 def test_retain_interpolates_between_before_and_after(caches, tmp_path):
