@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from craft_opt.bridge.report.cell import RESULT_FILE, Cell
+from craft_opt.bridge.report.cell import RESULT_FILE, STEPS, Cell
 from craft_opt.bridge.report.methods import method_named
 from craft_opt.bridge.report.suites import SUITES
 
@@ -46,7 +46,9 @@ def result(
     """A cell whose successes after each stage are ``hits[stage][skill]``, with a curve of three points."""
     found = SUITES[suite]
     names, learned = [skill.name for skill in found.skills], found.learned
-    cell = Cell(suite, method, budget, seed, dict(settings or {}), dict(sizes or {"rollouts": ROLLOUTS, "steps": 400}))
+    cell = Cell(
+        suite, method, budget, seed, dict(settings or {}), dict(sizes or {"rollouts": ROLLOUTS, "steps": STEPS})
+    )
     stages = []
     for number in range(1, len(found.stages)):
         own = [k for k, stage in enumerate(learned) if stage == number]
@@ -72,7 +74,7 @@ def result(
         "learned": list(learned),
         "what": method_named(method).what,
         "settings": {"lr": 3e-4, "craft": dict(method_named(method).craft)},
-        "sizes": {"steps": 400, "batch_size": 32, "rollouts": ROLLOUTS},
+        "sizes": {"steps": STEPS, "batch_size": 32, "rollouts": ROLLOUTS},
         "before": [score(name, count) for name, count in zip(names, hits[0], strict=True)],
         "stages": stages,
         "date": "2026-11-23",

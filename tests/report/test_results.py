@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from craft_opt.bridge.report import cli, results, tables
-from craft_opt.bridge.report.cell import Cell
+from craft_opt.bridge.report.cell import STEPS, Cell
 from craft_opt.bridge.report.figures import success_bars, success_by_storage, success_matrices
 from craft_opt.bridge.report.html import report
 from craft_opt.bridge.report.matrix import (
@@ -264,7 +264,7 @@ def test_finished_cells_are_taken_as_they_are(tmp_path, capsys):
 
 def test_a_part_that_fails_is_named_and_the_rest_is_kept(tmp_path, monkeypatch):
     put(tmp_path, result("S", "naive", 0, 4))
-    cells = cells_of("S", ["naive"], [20], [4, 5], sizes={"rollouts": ROLLOUTS, "steps": 400})
+    cells = cells_of("S", ["naive"], [20], [4, 5], sizes={"rollouts": ROLLOUTS, "steps": STEPS})
     # A file where the demonstrations of seed 5 should go: their folder cannot be made.
     (tmp_path / "kept").write_text("")
     with pytest.raises(CellsFailedError, match="1 parts of the benchmark failed, the rest is done") as caught:

@@ -5,12 +5,13 @@ import json
 import pytest
 
 from craft_opt.bridge.report import cli
+from craft_opt.bridge.report.cell import STEPS
 from craft_opt.bridge.report.methods import METHODS
 from craft_opt.bridge.report.results import Group
 from craft_opt.bridge.report.tuning import TUNING_FILE, chosen_settings, read_tuning, score, trial_cells, tune
 from tests.report.support import ROLLOUTS, put, result
 
-SIZES = {"rollouts": ROLLOUTS, "steps": 400}
+SIZES = {"rollouts": ROLLOUTS, "steps": STEPS}
 # Old and new success of each of retain's settings, the defaults first.
 RETAIN = {0: ((4, 4), 10), 1: ((10, 10), 1), 2: ((8, 8), 9), 3: ((8, 8), 9)}
 
