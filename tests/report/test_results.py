@@ -292,6 +292,13 @@ def test_what_does_not_fit_is_refused(flags, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_shortened_flag_is_no_flag(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run", "--suite", "S", "--method", "naive", "--output", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --method naive" in capsys.readouterr().err
+
+
 def test_list_names_suites_and_methods(capsys):
     assert cli.main(["list"]) == 0
     out = capsys.readouterr().out

@@ -61,22 +61,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="The retention benchmark; see docs/report.md.")
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="The retention benchmark; see docs/report.md.", allow_abbrev=False
+    )
     actions = parser.add_subparsers(required=True)
-    run = actions.add_parser("run", help="run what is missing of a matrix, then write the report")
+    run = actions.add_parser("run", allow_abbrev=False, help="run what is missing of a matrix, then write the report")
     _matrix_arguments(run, seeds=[0, 1, 2])
     run.add_argument(
         "--tuning", type=Path, help=f"what a tuning chose; the default is {TUNING_FILE} in the output folder"
     )
     run.set_defaults(action=_run)
-    show = actions.add_parser("show", help="write tables and report again from the results")
+    show = actions.add_parser("show", allow_abbrev=False, help="write tables and report again from the results")
     show.add_argument("output", type=Path, help="folder of a benchmark")
     show.set_defaults(action=_show)
-    tuning = actions.add_parser("tune", help="choose each method's settings, with equal effort, on other seeds")
+    tuning = actions.add_parser(
+        "tune", allow_abbrev=False, help="choose each method's settings, with equal effort, on other seeds"
+    )
     _matrix_arguments(tuning, seeds=[FIRST_TUNING_SEED])
     tuning.add_argument("--tries", type=int, default=4, help="settings of each method (default: 4)")
     tuning.set_defaults(action=_tune)
-    listing = actions.add_parser("list", help="name the suites and methods")
+    listing = actions.add_parser("list", allow_abbrev=False, help="name the suites and methods")
     listing.set_defaults(action=_list)
     return parser
 
