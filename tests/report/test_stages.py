@@ -4,14 +4,17 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from craft_opt.bridge.quickstart.measure import SkillScore
 from craft_opt.bridge.report import cell as cell_module
-from craft_opt.bridge.report.cell import Bench, Cell, run_cell
+from craft_opt.bridge.report.cell import Bench, Cell, anchors_a_step, run_cell
 from craft_opt.bridge.report.memory import PeakMemory
+from craft_opt.bridge.report.methods import METHODS
 from craft_opt.bridge.report.suites import SUITES
+from craft_opt.bridge.retention_term import cache_weights, shares
 from tests.report.support import ROLLOUTS, result
 
 CELL = Cell("D", "naive", 0, 0, {}, {"rollouts": ROLLOUTS})
@@ -102,3 +105,19 @@ def test_a_new_version_makes_cells_anew(monkeypatch, tmp_path):
     assert replace(CELL).folder(tmp_path) == before
     monkeypatch.setattr(cell_module, "CELL_VERSION", -1)
     assert CELL.folder(tmp_path) != before
+
+
+@pytest.mark.parametrize("sizes", [(), (5,), (400,), (16, 12), (40, 200), (3, 2)])
+@pytest.mark.parametrize("weight", [1.0, 3.0, 0.05])
+def test_every_cache_has_its_share_of_a_step(tmp_path, sizes, weight):
+    method = METHODS["hidden"].with_settings({"prompted": 8, "prompted_weight": weight})
+    craft = method.craft_config([tmp_path / str(k) for k in range(len(sizes))], max(1, len(sizes)))
+    batch = anchors_a_step(craft, sizes)
+    if not sizes:
+        assert batch == 1
+        return
+
+    def fits(batch):
+        return batch <= 32 and all(np.array(shares(batch, cache_weights(craft))) <= sizes)
+
+    assert fits(batch) and not any(fits(more) for more in range(batch + 1, 33))

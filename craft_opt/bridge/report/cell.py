@@ -18,6 +18,7 @@ import torch
 from lerobot.utils.random_utils import get_rng_state, set_rng_state
 from torch import nn
 
+from craft_opt import CraftConfig
 from craft_opt.bridge.anchor_manifest import VERSION, write_atomically
 from craft_opt.bridge.anchors import AnchorSource, build_cache
 from craft_opt.bridge.config import fine_tune_config
@@ -47,6 +48,7 @@ from craft_opt.bridge.report.memory import PeakMemory
 from craft_opt.bridge.report.methods import Method, StageInputs, method_named
 from craft_opt.bridge.report.provenance import provenance
 from craft_opt.bridge.report.suites import SUITES, Suite
+from craft_opt.bridge.retention_term import cache_weights, shares
 
 RESULT_FILE, RECORD_FILE, PROGRESS_FILE, POLICY_FOLDER = "result.json", "record.json", "progress", "policy"
 # Fewer than the quickstart's 1000: a minute and a half instead of three. After 400 those that retain had not yet
@@ -328,6 +330,22 @@ def _part_of(progress: Progress, low: float, high: float) -> Progress:
     return lambda share: progress(low + share * (high - low))
 
 
+def anchors_a_step(craft: CraftConfig, sizes: Sequence[int]) -> int:
+    """As many as the task's batch has samples, or fewer where a cache has not its share of so many.
+
+    Args:
+        craft: The weights of the caches.
+        sizes: Anchors of each of them.
+    """
+    if not sizes:
+        return 1
+    weights = cache_weights(craft)
+    for batch in range(min(ANCHOR_BATCH, sum(sizes)), len(sizes), -1):
+        if all(share <= size for share, size in zip(shares(batch, weights), sizes, strict=True)):
+            return batch
+    return len(sizes)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of a cell.
@@ -425,13 +443,15 @@ class Stage:
     def _prepare(self, home: Path, inputs: StageInputs) -> Run:
         settings, method = self.bench.settings, self.method
         old = sum(stage < self.number for stage in self.bench.suite.learned)
-        batch = max(1, min(ANCHOR_BATCH, self.cell.budget * old + method.prompted))
+        held = ((inputs.cache, self.cell.budget * old), (inputs.prompted, method.prompted))
+        sizes = {cache: size for cache, size in held if cache is not None}
+        craft = method.craft_config(list(sizes), max(1, len(sizes)))
         cfg = fine_tune_config(
             self.start,
             self.bench.repo(self.number),
             self.bench.demonstrations(self.number),
             home / "training",
-            craft=method.craft_config([cache for cache in (inputs.cache, inputs.prompted) if cache], batch),
+            craft=replace(craft, anchor_batch_size=anchors_a_step(craft, list(sizes.values()))),
             device=self.bench.device,
             policy_overrides=[
                 f"--optimizer_lr={method.lr or settings.lr}",
