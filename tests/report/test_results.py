@@ -5,12 +5,13 @@ import csv
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from craft_opt.bridge.report import cli, results, tables
+from craft_opt.bridge.report import cli, matrix, results, tables
 from craft_opt.bridge.report.cell import STEPS, Cell
 from craft_opt.bridge.report.figures import success_bars, success_by_storage, success_matrices
 from craft_opt.bridge.report.html import report
@@ -304,3 +305,20 @@ def test_list_names_suites_and_methods(capsys):
     out = capsys.readouterr().out
     assert "drawer-close + button-press → window-close → handle-press → faucet-open" in out
     assert "replay: cross-entropy of stored samples" in out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_file_keeps_few_states_of_the_bar(tmp_path, monkeypatch, terminal):
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", shown)
+    first, second = result("S", "naive", 0, 0), result("S", "naive", 0, 1)
+    cells = [Cell(**found["cell"]) for found in (first, second)]
+    with matrix._Display(tmp_path, cells, {("S", 0): cells}, show=True) as display:
+        for _ in range(20):
+            display.update()
+        states = shown.getvalue().count("0 of 2 cells")
+        assert states >= 20 if terminal else 1 <= states <= 3
+        put(tmp_path, first)
+        display.update()
+        assert "1 of 2 cells" in shown.getvalue(), "a finished cell is told at once"

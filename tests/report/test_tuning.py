@@ -87,3 +87,31 @@ def test_a_run_takes_what_the_tuning_chose(tmp_path, capsys):
     assert cli.main(["run", *flags, "--seeds", "2", "--output", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
     assert "alpha=0.65: 0.850" in html and "Every method tried 4 settings" in html
+
+
+def test_settings_of_one_suite_serve_another(tmp_path, capsys):
+    lay(tmp_path, "hidden", {number: ((4 + number, 4), 10) for number in range(4)}, budget=20)
+    methods = ["--methods", "hidden", "--jobs", "0", "--rollouts", str(ROLLOUTS), "--output", str(tmp_path)]
+    assert cli.main(["tune", "--suite", "S", "--budgets", "20", *methods]) == 0
+    chosen = METHODS["hidden"].knobs[3]
+    for suite, budget, settings in (("D", 200, chosen), ("S", 20, chosen), ("D", 50, {})):
+        hits = ((10, 10, 0, 0), (3, 10, 9, 0), (2, 4, 5, 8)) if suite == "D" else ((10, 10, 0), (5, 5, 9))
+        put(tmp_path, result(suite, "hidden", budget, 1, hits=hits, settings=settings, sizes=SIZES))
+    flags = ["--seeds", "1", *methods, "--tuned-on", "S", "20"]
+    for suite, budget in (("D", "200"), ("S", "20")):
+        assert cli.main(["run", "--suite", suite, "--budgets", budget, *flags]) == 0
+    assert cli.main(["run", "--suite", "D", "--budgets", "50", *flags[:-3]]) == 0, "without the flag: the defaults"
+    html = (tmp_path / "report.html").read_text()
+    told = "epsilon_start=0.02, epsilon_end=0.01"
+    assert f"<td>{told}, as on suite S with 20 anchors</td>" in html
+    assert f"<td>{told}</td>" in html and "<td>defaults, not tuned</td>" in html
+
+
+def test_settings_of_another_suite_must_be_there(tmp_path, capsys):
+    flags = ["--methods", "retain", "--jobs", "0", "--output", str(tmp_path)]
+    assert cli.main(["run", "--suite", "D", *flags, "--tuned-on", "S", "20"]) == 2
+    told = capsys.readouterr().err
+    assert "retain was not tuned on suite S with 20 anchors" in told
+    assert "craft-report tune --suite S --methods retain --budgets 20" in told
+    assert cli.main(["run", "--suite", "D", *flags, "--tuned-on", "Q", "20"]) == 2
+    assert "--tuned-on takes a suite (S, L, D) and a number of anchors, got Q 20" in capsys.readouterr().err

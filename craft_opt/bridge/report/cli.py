@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--tuning", type=Path, help=f"what a tuning chose; the default is {TUNING_FILE} in the output folder"
     )
+    run.add_argument(
+        "--tuned-on",
+        nargs=2,
+        metavar=("SUITE", "BUDGET"),
+        help="take what the tuning chose on this suite with this many anchors, whatever suite and budget are run",
+    )
     run.set_defaults(action=_run)
     show = actions.add_parser("show", allow_abbrev=False, help="write tables and report again from the results")
     show.add_argument("output", type=Path, help="folder of a benchmark")
@@ -123,6 +129,17 @@ def _sizes(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _tuned_on(given: Sequence[str] | None) -> tuple[str, int] | None:
+    if given is None:
+        return None
+    suite, budget = given
+    if suite not in SUITES or not budget.isdecimal():
+        raise ValueError(
+            f"--tuned-on takes a suite ({', '.join(SUITES)}) and a number of anchors, got {suite} {budget}"
+        )
+    return suite, int(budget)
+
+
 def _run(options: argparse.Namespace, command: str) -> int:
     _check(options)
     if tuning_seeds := [seed for seed in options.seeds if seed >= FIRST_TUNING_SEED]:
@@ -135,7 +152,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         options.methods,
         options.budgets,
         options.seeds,
-        settings=chosen_settings(tuning, options.suite),
+        settings=chosen_settings(tuning, options.suite, _tuned_on(options.tuned_on)),
         sizes=_sizes(options),
         curve=options.curve,
     )

@@ -200,19 +200,14 @@ def _methods(groups: Sequence[Group], tuning: Mapping[str, Any]) -> str:
     rows = []
     for group in groups:
         result = group.cells[0]
-        entry = next(
-            (e for e in tuning.get("chosen", ()) if (e["suite"], e["method"], e["budget"]) == _key(group)), None
-        )
         trials = [t for t in tuning.get("trials", ()) if (t["suite"], t["method"], t["budget"]) == _key(group)]
         told = "<br>".join(f"{_settings(t['settings'])}: {t['score']:.3f}" for t in trials)
-        used = _settings(result["cell"]["settings"])
-        tuned = "not tuned" if entry is None else used
         rows.append(
             (
                 f"{escape(group.suite)} {escape(group.label)}",
                 f'<td class="wide">{escape(result["what"])}</td>',
                 f'<td class="wide"><code>{escape(json.dumps(result["settings"]))}</code></td>',
-                tuned,
+                _how_chosen(group, result["cell"]["settings"], tuning),
                 f'<td class="wide">{told or "–"}</td>',
             )
         )
@@ -223,8 +218,21 @@ def _methods(groups: Sequence[Group], tuning: Mapping[str, Any]) -> str:
             f"others than those reported), {tuning['rollouts']} rollouts a skill; the score is the mean of old and of "
             f"new success at the end. Every method tried {tuning['tries']} settings.</p>"
         )
-    head = ("suite, method, budget", "what it does", "run with", "chosen", "tried: score")
+    head = ("suite, method, budget", "what it does", "run with", "tuned", "tried: score")
     return about + _table(head, rows)
+
+
+def _how_chosen(group: Group, settings: Mapping[str, Any], tuning: Mapping[str, Any]) -> str:
+    """A method's settings and where they come from."""
+    told = _settings(settings)
+    same = [entry for entry in tuning.get("chosen", ()) if entry["settings"] == settings]
+    places = [(e["suite"], e["budget"]) for e in same if e["method"] == group.method]
+    if (group.suite, group.budget) in places:
+        return told
+    if not places:
+        return f"{told}, not tuned"
+    suite, budget = places[0]
+    return f"{told}, as on suite {escape(suite)}{f' with {budget} anchors' if budget else ''}"
 
 
 def _key(group: Group) -> tuple[str, str, int]:

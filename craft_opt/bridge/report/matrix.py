@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -25,6 +27,7 @@ from craft_opt.bridge.report.workers import Workers
 MATRIX_FILE = "matrix.json"
 CELLS_OF_A_WORKER = 8  # a worker that lives long keeps what its environments leave behind
 _POLL_SECONDS = 1.0
+_LOG_SECONDS = 60.0  # between two states of the bar in a file, which keeps them all
 # A fresh seed's demonstrations, teacher and measurement take as long as about two cells.
 _WEIGHT_OF_PREPARATION = 2.0
 Result = dict[str, Any]
@@ -256,7 +259,8 @@ class _Display:
         for suite, seed in groups:
             self._parts[preparation_folder(output, suite, seed)] = _WEIGHT_OF_PREPARATION
         self._output, self._cells, self._show = output, cells, show
-        self._done = 0.0
+        self._seconds = 0.0 if sys.stderr.isatty() else _LOG_SECONDS
+        self._finished, self._drawn = -1, 0.0
 
     def __enter__(self) -> _Display:
         self._bar = tqdm(
@@ -281,7 +285,10 @@ class _Display:
         finished = sum(_is_finished(self._output, cell) for cell in self._cells)
         self._bar.set_description_str(f"Benchmark: {finished} of {len(self._cells)} cells", refresh=False)
         self._bar.n = min(self._share(), self._bar.total)
-        self._bar.refresh()
+        now = time.monotonic()
+        if finished != self._finished or now - self._drawn >= self._seconds:
+            self._finished, self._drawn = finished, now
+            self._bar.refresh()
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""

@@ -138,10 +138,32 @@ def read_tuning(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
-def chosen_settings(tuning: Mapping[str, Any], suite: str) -> Callable[[str, int], Mapping[str, Any]]:
-    """Method and budget → the settings that the tuning chose; the defaults where it tried none."""
+def chosen_settings(
+    tuning: Mapping[str, Any], suite: str, tuned_on: tuple[str, int] | None = None
+) -> Callable[[str, int], Mapping[str, Any]]:
+    """Method and budget → the settings that the tuning chose; the defaults where it tried none.
+
+    Args:
+        tuning: What the tuning recorded.
+        suite: The suite that is run.
+        tuned_on: Take, whatever is run, what was chosen on this suite with this budget. Then a method that was not
+            tuned there is a ``ValueError``, raised by the function returned.
+    """
     found = {_key(entry): entry["settings"] for entry in tuning.get("chosen", ())}
-    return lambda method, budget: found.get((suite, method, budget), {})
+    if tuned_on is None:
+        return lambda method, budget: found.get((suite, method, budget), {})
+    other, with_budget = tuned_on
+
+    def settings(method: str, budget: int) -> Mapping[str, Any]:
+        key = (other, method, with_budget if budget else 0)
+        if key not in found:
+            raise ValueError(
+                f"{method} was not tuned on suite {other} with {with_budget} anchors; tune it there first: "
+                f"craft-report tune --suite {other} --methods {method} --budgets {with_budget}"
+            )
+        return found[key]
+
+    return settings
 
 
 def _key(entry: Mapping[str, Any]) -> tuple[str, str, int]:
