@@ -322,3 +322,28 @@ def test_a_file_keeps_few_states_of_the_bar(tmp_path, monkeypatch, terminal):
         put(tmp_path, first)
         display.update()
         assert "1 of 2 cells" in shown.getvalue(), "a finished cell is told at once"
+
+
+def test_two_methods_are_compared_across_budgets(tmp_path, capsys):
+    better, worse = result("S", "hidden", 20, 0, hits=GOOD), result("S", "replay", 45, 0, hits=POOR)
+    cells = [Cell(**found["cell"]) for found in (better, worse)]
+    remember(tmp_path, cells, "craft-report run")
+    for found in (better, worse):
+        put(tmp_path, found)
+    flags = ["compare", str(tmp_path), "--suite", "S", "--methods"]
+    assert cli.main([*flags, "hidden,20", "replay,45"]) == 0
+    lines = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["| old ↑"].startswith("| old ↑ | 0.95 | 0.15 | +0.80 (")
+    assert lines["| old ↑"].endswith("| better |") and lines["| NBT ↓"].endswith("| better |")
+    assert lines["| new ↑"].endswith("| 1.00 | 1.00 | +0.00 (+0.00 to +0.00) | tie |")
+    assert cli.main([*flags, "replay,45", "hidden,20"]) == 0
+    assert "| worse |" in capsys.readouterr().out
+    assert cli.main([*flags, "replay,20", "hidden,20"]) == 2
+    told = capsys.readouterr().err
+    assert "no finished cell of replay,20 on suite S; it has hidden,20 replay,45" in told
+
+
+def test_methods_without_a_seed_in_common_are_not_compared():
+    first, second = (groups_of([result("S", "hidden", 20, seed)])[0] for seed in (0, 1))
+    with pytest.raises(ValueError, match="have no seed in common"):
+        tables.differences(first, second)

@@ -80,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     show = actions.add_parser("show", allow_abbrev=False, help="write tables and report again from the results")
     show.add_argument("output", type=Path, help="folder of a benchmark")
     show.set_defaults(action=_show)
+    against = actions.add_parser(
+        "compare", allow_abbrev=False, help="compare two methods, also with different budgets, such as of equal bytes"
+    )
+    against.add_argument("output", type=Path, help="folder of a benchmark")
+    against.add_argument("--suite", required=True, choices=list(SUITES), help="sequence of skills")
+    against.add_argument(
+        "--methods",
+        required=True,
+        nargs=2,
+        metavar=("FIRST", "SECOND"),
+        help="method, or method,budget: hidden,20 replay,45",
+    )
+    against.set_defaults(action=_compare)
     tuning = actions.add_parser(
         "tune", allow_abbrev=False, help="choose each method's settings, with equal effort, on other seeds"
     )
@@ -170,6 +183,24 @@ def _show(options: argparse.Namespace, command: str) -> int:
     if not results:
         raise ValueError(f"no cell of {options.output} is finished yet")
     _write(options.output, results, read_tuning(options.output / TUNING_FILE))
+    return 0
+
+
+def _compare(options: argparse.Namespace, command: str) -> int:
+    from craft_opt.bridge.report.tables import differences
+
+    groups = {
+        group.label.replace(" ", ""): group
+        for group in groups_of(finished(options.output))
+        if group.suite == options.suite
+    }
+    if missing := [name for name in options.methods if name.replace(" ", "") not in groups]:
+        raise ValueError(
+            f"{options.output} has no finished cell of {', '.join(missing)} on suite {options.suite}; it has "
+            f"{' '.join(groups) or 'none at all'}"
+        )
+    first, second = (groups[name.replace(" ", "")] for name in options.methods)
+    print(differences(first, second))
     return 0
 
 

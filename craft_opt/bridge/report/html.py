@@ -21,6 +21,7 @@ from craft_opt.bridge.report.results import (
     interval,
     is_new,
     is_old,
+    verdict,
 )
 from craft_opt.bridge.report.suites import SUITES
 
@@ -166,8 +167,7 @@ def _against_reference(groups: Sequence[Group]) -> str:
             if difference is None:
                 row.append("–")
                 continue
-            gains = difference.value > 0 if not metric.lower_is_better else difference.value < 0
-            word = "tie" if difference.is_tie else "better" if gains else "worse"
+            word = verdict(difference, metric)
             row.append(
                 f'<td class="{word}">{difference.value:+.2f} <small>{difference.low:+.2f} to {difference.high:+.2f}'
                 f"</small> {word}</td>"

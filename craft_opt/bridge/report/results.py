@@ -231,6 +231,12 @@ def compare(first: Group, second: Group, metric: Metric) -> Difference | None:
     return Difference(metric.value(first) - metric.value(second), *metrics.percentile_interval(drawn))
 
 
+def verdict(difference: Difference, metric: Metric) -> str:
+    """What a difference says of the first of the two: ``tie``, ``better`` or ``worse``."""
+    gains = difference.value < 0 if metric.lower_is_better else difference.value > 0
+    return "tie" if difference.is_tie else "better" if gains else "worse"
+
+
 def interval(group: Group, metric: Metric) -> tuple[float, float]:
     """Bootstrap interval of a metric, over seeds and rollouts."""
     return metrics.percentile_interval(group.drawn(metric))

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from craft_opt.bridge.report.metrics import wilson
-from craft_opt.bridge.report.results import METRICS, Group, at_budget, best_and_ties, budgets_of, is_new, is_old
+from craft_opt.bridge.report.results import (
+    METRICS,
+    Group,
+    at_budget,
+    best_and_ties,
+    budgets_of,
+    compare,
+    is_new,
+    is_old,
+    verdict,
+)
 
 
 def markdown(groups: Sequence[Group]) -> str:
@@ -17,6 +27,29 @@ def markdown(groups: Sequence[Group]) -> str:
             title = f"Suite {suite}, {budget} anchors of each old skill" if budget else f"Suite {suite}"
             tables.append(f"{title}\n\n{_table(at_budget(chosen, budget))}")
     return "\n\n".join(tables)
+
+
+def differences(first: Group, second: Group) -> str:
+    """Every metric of two methods, and the first's less the second's with its paired bootstrap interval.
+
+    Raises:
+        ValueError: They have no seed in common, or not as many rollouts.
+    """
+    lines = [f"| metric | {first.label} | {second.label} | difference | |", "|---|---|---|---|---|"]
+    for metric in METRICS:
+        difference = compare(first, second, metric)
+        if difference is None:
+            raise ValueError(
+                f"{first.label} and {second.label} have no seed in common with as many rollouts: {first.seeds} with "
+                f"{first.outcomes.shape[-1]}, {second.seeds} with {second.outcomes.shape[-1]}"
+            )
+        seeds = sorted(set(first.seeds) & set(second.seeds))
+        values = " | ".join(f"{metric.value(group.only(seeds)):.2f}" for group in (first, second))
+        gap = f"{difference.value:+.2f} ({difference.low:+.2f} to {difference.high:+.2f})"
+        arrow = "↓" if metric.lower_is_better else "↑"
+        lines.append(f"| {metric.title} {arrow} | {values} | {gap} | {verdict(difference, metric)} |")
+    stored = " | ".join(f"{group.stored_bytes / 1e6:.2f}" for group in (first, second))
+    return "\n".join([*lines, f"| stored MB | {stored} | | |"])
 
 
 def _table(groups: Sequence[Group]) -> str:
