@@ -390,7 +390,8 @@ def test_every_method_has_as_many_settings_to_try_the_defaults_first():
 
 
 def methods_own(method):
-    return {name: getattr(method, name) for name in ("pooling", "alpha", "rank") if hasattr(method, name)}
+    names = ("pooling", "alpha", "rank", "prompted", "prompted_weight")
+    return {name: getattr(method, name) for name in names if hasattr(method, name)}
 
 
 def test_settings_reach_the_optimizer_or_the_method():

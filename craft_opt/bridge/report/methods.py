@@ -397,10 +397,23 @@ METHODS: dict[str, Method] = {
             craft={"initial_lambda": 1.0, "lambda_lr": 0.0, "replay_weight": 1.0},
             knobs=({}, {"replay_weight": 0.3}, {"initial_lambda": 3.0}, {"initial_lambda": 3.0, "replay_weight": 0.3}),
         ),
+        Method(
+            "hidden+prompted",
+            "CRaFT, and the old skills asked for on 200 frames of the new one, λ fixed, projection on",
+            stores="hidden",
+            craft={"initial_lambda": 1.0, "lambda_lr": 0.0},
+            prompted=200,
+            knobs=(
+                {},
+                {"prompted_weight": 0.3},
+                {"initial_lambda": 3.0},
+                {"initial_lambda": 3.0, "prompted_weight": 0.3},
+            ),
+        ),
     )
 }
 # Suites L and D run these.
-SHORT_LIST = ("naive", "replay", "agem", "retain", "token_ce", "hidden", "hidden+replay")
+SHORT_LIST = ("naive", "replay", "agem", "retain", "token_ce", "hidden", "hidden+prompted")
 
 
 def method_named(name: str) -> Method:
