@@ -146,6 +146,10 @@ class FrameReader:
             "task": self.task(row),
         }
 
+    def motion(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """The state and the flattened chunk of actions of a frame, both one-dimensional fp32; no image is read."""
+        return self._values(self._state, [row]).ravel(), self._chunk(row).ravel()
+
     def task(self, row: int) -> str:
         """The task text of a frame."""
         return self._tasks[self._task[row]]

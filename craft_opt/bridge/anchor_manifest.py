@@ -24,6 +24,7 @@ VERSION = 2
 MANIFEST_FILE = "manifest.json"
 KINDS = ("hidden", "token_ce")
 STORAGES = ("self_contained", "reference")
+SELECTIONS = ("random", "coverage")
 
 IMAGE_PREFIX = "image/"
 FEATURE_PREFIX = "features/"
@@ -133,6 +134,7 @@ class AnchorManifest:
         tasks: Task texts; ``task_index`` points into them.
         seed: Seed of the selection.
         versions: Versions of the packages that made the cache.
+        selection: How a task's frames were chosen: ``random`` or ``coverage``.
     """
 
     kind: str
@@ -158,6 +160,7 @@ class AnchorManifest:
     tasks: list[str]
     seed: int
     versions: dict[str, str]
+    selection: str = SELECTIONS[0]
 
     @property
     def digest(self) -> str:
@@ -165,11 +168,13 @@ class AnchorManifest:
         return _sha256_of_json(self._as_json())
 
     def _as_json(self) -> dict[str, Any]:
-        """All of it; a source without a prompt says nothing of one, as before there were prompts."""
+        """All of it but what is as it was before there was a choice: sources without a prompt, a random selection."""
         content = asdict(self)
         for source in content["sources"]:
             if source["prompt"] is None:
                 del source["prompt"]
+        if self.selection == SELECTIONS[0]:
+            del content["selection"]
         return content
 
     @property
@@ -220,6 +225,7 @@ class AnchorManifest:
         for name, value, allowed in (
             ("kind", self.kind, KINDS),
             ("storage", self.storage, STORAGES),
+            ("selection", self.selection, SELECTIONS),
             ("feature_dtype", self.feature_dtype, DTYPES),
         ):
             if value not in allowed:

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset
 from lerobot.datasets.factory import resolve_delta_timestamps
@@ -25,6 +24,7 @@ from craft_opt.bridge.anchor_manifest import (
     DTYPES,
     KINDS,
     MANIFEST_FILE,
+    SELECTIONS,
     STORAGES,
     AnchorManifest,
     SourceInfo,
@@ -32,6 +32,7 @@ from craft_opt.bridge.anchor_manifest import (
     sync_folder,
     write_atomically,
 )
+from craft_opt.bridge.anchor_selection import select_frames
 from craft_opt.bridge.anchor_shards import ShardWriter, Teacher, dtype_name
 from craft_opt.bridge.features import (
     DEFAULT_LAYERS,
@@ -165,6 +166,7 @@ def prepare_build(
     num_samples: int | None = None,
     fraction: float | None = None,
     balance: bool = True,
+    selection: str = "random",
     layers: Sequence[int] | None = None,
     pooling: str | None = None,
     top_k: int | None = None,
@@ -191,6 +193,7 @@ def prepare_build(
         num_samples: Anchors in all; this or ``fraction``.
         fraction: Share of the chosen episodes' frames, in (0, 1].
         balance: Whether every task gets as many anchors as its frames allow; otherwise every frame has one chance.
+        selection: Which of a task's frames: ``random``, or ``coverage``, those farthest apart in state and actions.
         layers: For ``hidden``: decoder layers, counted from 1, or from the last as -1; None is the last two.
         pooling: For ``hidden``: one of :data:`craft_opt.retention.POOLINGS`; None is ``action_tokens``.
         top_k: For ``token_ce``: the teacher's most probable tokens kept at each position, 0 for none; None is 8.
@@ -217,6 +220,7 @@ def prepare_build(
     _check_choices(
         ("kind", kind, KINDS),
         ("storage", storage, STORAGES),
+        ("selection", selection, SELECTIONS),
         ("dtype", dtype, ("auto", *DTYPES)),
         ("action-tokens", token_source, TOKEN_SOURCES),
         ("normalization_stats", normalization_stats, ("teacher", "dataset")),
@@ -282,7 +286,7 @@ def prepare_build(
         FrameReader(dataset, teacher.cameras, renames, source.prompt)
         for source, dataset in zip(sources, datasets, strict=True)
     ]
-    frames = select_frames(readers, num_samples, fraction, balance, seed)
+    frames = select_frames(readers, num_samples, fraction, balance, seed, selection)
     draft: dict[str, Any] = {
         "kind": kind,
         "storage": storage,
@@ -303,40 +307,9 @@ def prepare_build(
         "cameras": list(teacher.cameras),
         "tasks": tasks,
         "seed": seed,
+        "selection": selection,
     }
     return AnchorBuild(Path(output), teacher, readers, frames, draft, shard_size, batch_size, num_workers)
-
-
-def select_frames(
-    readers: Sequence[FrameReader], count: int | None, fraction: float | None, balance: bool, seed: int
-) -> list[tuple[int, int]]:
-    """(dataset, row) of every anchor, in random order.
-
-    Balanced, the tasks' numbers are as equal as their frames allow.
-    """
-    generator = np.random.default_rng(seed)
-    groups = [
-        [(number, int(frame)) for frame in generator.permutation(frames)]
-        for number, reader in enumerate(readers)
-        for frames in reader.by_task()
-    ]
-    available = sum(len(group) for group in groups)
-    count = max(1, round(available * fraction)) if fraction is not None else count
-    assert count is not None
-    if available < count:
-        raise ValueError(
-            f"--num-samples={count} anchors were asked for, and the chosen episodes have {available} frames; "
-            f"lower --num-samples or add episodes"
-        )
-    if not balance:
-        together = [frame for group in groups for frame in group]
-        return [together[k] for k in generator.permutation(available)[:count]]
-    chosen: list[tuple[int, int]] = []
-    # Smallest group first: what it cannot give is shared out among the rest.
-    for position, group in enumerate(sorted(groups, key=len)):
-        share = -(-(count - len(chosen)) // (len(groups) - position))
-        chosen += group[: min(share, len(group), count - len(chosen))]
-    return [chosen[k] for k in generator.permutation(len(chosen))]
 
 
 def _check_choices(*settings: tuple[str, Any, Sequence[str]]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from craft_opt.bridge.anchor_manifest import KINDS, STORAGES
+from craft_opt.bridge.anchor_manifest import KINDS, SELECTIONS, STORAGES
 from craft_opt.bridge.run_guard import describe, exit_code, remedy, sigterm_as_interrupt
 
 EXIT_REFUSED = 1
@@ -112,6 +112,7 @@ def _add_build_flags(build: argparse.ArgumentParser) -> None:
     add(
         "--balance", choices=("tasks", "none"), default="tasks", help="as many anchors of every task, or of every frame"
     )
+    add("--selection", default="random", choices=SELECTIONS, help="which of a task's frames; coverage: unlike ones")
     add("--kind", default="hidden", choices=KINDS, help="what is cached: features, or what the teacher says of tokens")
     add("--storage", default="self_contained", choices=STORAGES, help="copy the frames, or refer to the datasets'")
     add("--layers", type=_numbers, help="for hidden: decoder layers, from 1, or from the last as -1; unset is -2,-1")
@@ -158,6 +159,7 @@ def _build(args: argparse.Namespace) -> int:
         num_samples=args.num_samples,
         fraction=args.fraction,
         balance=args.balance == "tasks",
+        selection=args.selection,
         layers=args.layers,
         pooling=args.pooling,
         top_k=args.top_k,

@@ -112,7 +112,7 @@ def _description(cache: AnchorCache) -> list[str]:
         "stored in": manifest.feature_dtype,
         "cameras": ", ".join(manifest.cameras) or "none",
         "renamed": ", ".join(f"{old} → {new}" for old, new in manifest.rename_map.items()) or "nothing",
-        "seed": str(manifest.seed),
+        "selection": f"{manifest.selection}, seed {manifest.seed}",
         "made with": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
         "digest": manifest.digest,
     }

@@ -115,3 +115,17 @@ def test_settings_of_another_suite_must_be_there(tmp_path, capsys):
     assert "craft-report tune --suite S --methods retain --budgets 20" in told
     assert cli.main(["run", "--suite", "D", *flags, "--tuned-on", "Q", "20"]) == 2
     assert "--tuned-on takes a suite (S, L, D) and a number of anchors, got Q 20" in capsys.readouterr().err
+
+
+def test_settings_given_by_hand_go_over_what_the_tuning_chose(tmp_path, capsys):
+    lay(tmp_path, "hidden", {number: ((4 + number, 4), 10) for number in range(4)}, budget=20)
+    methods = ["--methods", "hidden", "--jobs", "0", "--rollouts", str(ROLLOUTS), "--output", str(tmp_path)]
+    assert cli.main(["tune", "--suite", "S", "--budgets", "20", *methods]) == 0
+    settings = {**METHODS["hidden"].knobs[3], "selection": "coverage", "use_grad_projection": False}
+    put(tmp_path, result("S", "hidden", 20, 1, settings=settings, sizes=SIZES))
+    flags = ["run", "--suite", "S", "--budgets", "20", "--seeds", "1", *methods, "--set"]
+    assert cli.main([*flags, "selection=coverage", "use_grad_projection=false"]) == 0
+    assert "selection=coverage, use_grad_projection=False, not tuned" in (tmp_path / "report.html").read_text()
+    for given, told in (("selection", "--set takes name=value"), ("alpha=0.5", "hidden has no setting alpha")):
+        assert cli.main([*flags, given]) == 2
+        assert told in capsys.readouterr().err

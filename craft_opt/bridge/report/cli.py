@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -75,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs=2,
         metavar=("SUITE", "BUDGET"),
         help="take what the tuning chose on this suite with this many anchors, whatever suite and budget are run",
+    )
+    run.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of every method, over what the tuning chose: for ablations, into an --output of their own",
     )
     run.set_defaults(action=_run)
     show = actions.add_parser("show", allow_abbrev=False, help="write tables and report again from the results")
@@ -153,6 +161,20 @@ def _tuned_on(given: Sequence[str] | None) -> tuple[str, int] | None:
     return suite, int(budget)
 
 
+def _given_settings(given: Sequence[str]) -> dict[str, Any]:
+    """``name=value`` → settings, the values as JSON where they are and as text where not."""
+    found = {}
+    for entry in given:
+        name, separator, text = entry.partition("=")
+        if not (name and separator):
+            raise ValueError(f"--set takes name=value, such as selection=coverage, got {entry!r}")
+        try:
+            found[name] = json.loads(text)
+        except json.JSONDecodeError:
+            found[name] = text
+    return found
+
+
 def _run(options: argparse.Namespace, command: str) -> int:
     _check(options)
     if tuning_seeds := [seed for seed in options.seeds if seed >= FIRST_TUNING_SEED]:
@@ -160,12 +182,15 @@ def _run(options: argparse.Namespace, command: str) -> int:
     if options.tuning is not None and not options.tuning.is_file():
         raise FileNotFoundError(f"{options.tuning} does not exist; make one with craft-report tune")
     tuning = read_tuning(options.tuning or options.output / TUNING_FILE)
+    chosen, over = chosen_settings(tuning, options.suite, _tuned_on(options.tuned_on)), _given_settings(options.set)
+    for name in options.methods:
+        METHODS[name].with_settings(over)
     cells = cells_of(
         options.suite,
         options.methods,
         options.budgets,
         options.seeds,
-        settings=chosen_settings(tuning, options.suite, _tuned_on(options.tuned_on)),
+        settings=lambda method, budget: {**chosen(method, budget), **over},
         sizes=_sizes(options),
         curve=options.curve,
     )

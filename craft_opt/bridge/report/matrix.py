@@ -255,10 +255,11 @@ class _Display:
     def __init__(
         self, output: Path, cells: Sequence[Cell], groups: Mapping[tuple[str, int], Sequence[Cell]], *, show: bool
     ) -> None:
-        self._parts = {cell.folder(output): 1.0 for cell in cells}
+        self._results = [cell.folder(output) / RESULT_FILE for cell in cells]
+        self._parts = {file.parent: 1.0 for file in self._results}
         for suite, seed in groups:
             self._parts[preparation_folder(output, suite, seed)] = _WEIGHT_OF_PREPARATION
-        self._output, self._cells, self._show = output, cells, show
+        self._show = show
         self._seconds = 0.0 if sys.stderr.isatty() else _LOG_SECONDS
         self._finished, self._drawn = -1, 0.0
 
@@ -282,13 +283,13 @@ class _Display:
 
     def update(self) -> None:
         """Read every part's progress and draw."""
-        finished = sum(_is_finished(self._output, cell) for cell in self._cells)
-        self._bar.set_description_str(f"Benchmark: {finished} of {len(self._cells)} cells", refresh=False)
+        now, finished = time.monotonic(), sum(file.exists() for file in self._results)
+        if finished == self._finished and now - self._drawn < self._seconds:
+            return
+        self._finished, self._drawn = finished, now
+        self._bar.set_description_str(f"Benchmark: {finished} of {len(self._results)} cells", refresh=False)
         self._bar.n = min(self._share(), self._bar.total)
-        now = time.monotonic()
-        if finished != self._finished or now - self._drawn >= self._seconds:
-            self._finished, self._drawn = finished, now
-            self._bar.refresh()
+        self._bar.refresh()
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""

@@ -86,6 +86,7 @@ class Method:
         craft: Settings of the optimizer and of the anchors.
         pooling: Where a ``hidden`` cache takes its features.
         lr: Largest learning rate; None takes the benchmark's.
+        selection: How its stored samples are chosen: ``random`` or ``coverage``.
         prompted: Frames of the new skill's demonstrations on which the old skills are asked for, as more anchors; they
             are made when a stage begins and not stored.
         prompted_weight: Their weight in L_ret, where that of the stored samples is 1.
@@ -99,6 +100,7 @@ class Method:
     craft: Settings = field(default_factory=dict)
     pooling: str = DEFAULT_POOLING
     lr: float | None = None
+    selection: str = "random"
     prompted: int = 0
     prompted_weight: float = 1.0
     knobs: tuple[Settings, ...] = ()
