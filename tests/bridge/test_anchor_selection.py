@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -117,6 +118,12 @@ def test_a_cache_says_how_it_was_chosen_and_is_not_mistaken_for_another(world, t
     plain = build_cache(tmp_path / "random", world.teacher, [world.source()], **settings)
     content = json.loads((tmp_path / "random" / "manifest.json").read_text())
     assert plain.selection == "random" and "selection" not in content, "as caches were before there was a choice"
+
+
+def test_a_manifest_that_names_another_selection_is_refused(world, tmp_path):
+    replace(AnchorManifest.read(world.cache), selection="herding").write(tmp_path)
+    with pytest.raises(ValueError, match="selection is 'herding' instead of one of random, coverage"):
+        AnchorManifest.read(tmp_path)
 
 
 def test_an_unknown_selection_is_refused(world, tmp_path):
