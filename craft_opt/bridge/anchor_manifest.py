@@ -160,7 +160,7 @@ class AnchorManifest:
     tasks: list[str]
     seed: int
     versions: dict[str, str]
-    selection: str = SELECTIONS[0]
+    selection: str = "random"
 
     @property
     def digest(self) -> str:
@@ -173,7 +173,7 @@ class AnchorManifest:
         for source in content["sources"]:
             if source["prompt"] is None:
                 del source["prompt"]
-        if self.selection == SELECTIONS[0]:
+        if self.selection == "random":
             del content["selection"]
         return content
 

@@ -19,7 +19,7 @@ from lerobot.utils.random_utils import get_rng_state, set_rng_state
 from torch import nn
 
 from craft_opt import CraftConfig
-from craft_opt.bridge.anchor_manifest import SELECTIONS, VERSION, write_atomically
+from craft_opt.bridge.anchor_manifest import VERSION, write_atomically
 from craft_opt.bridge.anchors import AnchorSource, build_cache
 from craft_opt.bridge.config import fine_tune_config
 from craft_opt.bridge.features import pi0_fast_of
@@ -206,9 +206,7 @@ class Bench:
         numbers = [stage - 1] if only_latest else list(range(stage))
         sources = [AnchorSource(self.repo(number), self.demonstrations(number)) for number in numbers]
         count = budget * sum(len(self.suite.stages[number]) for number in numbers)
-        # Named only where it is not as it always was: what is kept is found by its name.
-        chosen = {} if method.selection == SELECTIONS[0] else {"selection": method.selection}
-        what = self._of_cache(method) | chosen
+        what = self._of_cache(method) | {"selection": method.selection}
         teacher = teacher or self.teacher()
         if into is None:
             names = [Path(str(source.root)).name for source in sources]
