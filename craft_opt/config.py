@@ -118,34 +118,34 @@ class CraftConfig:
     def __post_init__(self) -> None:
         """Refuse every value that the method does not define."""
         for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), type(field.default))
-        _check_choice("retention_mode", self.retention_mode, RETENTION_MODES)
-        _check_choice("retention_loss", self.retention_loss, RETENTION_LOSSES)
-        _check_choice("epsilon_schedule", self.epsilon_schedule, EPSILON_SCHEDULES)
-        _check_choice("projection_mode", self.projection_mode, PROJECTION_MODES)
-        _check_choice("teacher", self.teacher, TEACHERS)
-        _check_choice("token_loss", self.token_loss, TOKEN_LOSSES)
-        _check_choice("off_steps", self.off_steps, OFF_STEPS)
-        _check_choice("lambda_controller", self.lambda_controller, LAMBDA_CONTROLLERS)
-        _check_choice("epsilon", self.epsilon, EPSILON_MODES)
-        _check_choice("bf16_rounding", self.bf16_rounding, BF16_ROUNDINGS)
-        _check_range("anchor_batch_size", self.anchor_batch_size, 1)
-        _check_range("retention_freq", self.retention_freq, 1)
-        _check_range("epsilon_decay_steps", self.epsilon_decay_steps, 0)
-        _check_range("lambda_lr", self.lambda_lr, 0.0)
-        _check_range("lambda_max", self.lambda_max, 0.0)
-        _check_range("initial_lambda", self.initial_lambda, 0.0, self.lambda_max, high_name="lambda_max")
-        _check_range("epsilon_start", self.epsilon_start, 0.0)
-        _check_range("epsilon_end", self.epsilon_end, 0.0)
-        _check_range("conflict_threshold", self.conflict_threshold, -1.0, 1.0)
-        _check_range("reuse_decay", self.reuse_decay, 0.0, 1.0)
-        _check_range("replay_weight", self.replay_weight, 0.0)
-        _check_range("nupi_kp", self.nupi_kp, 0.0)
-        _check_range("nupi_nu", self.nupi_nu, 0.0, BELOW_ONE)
-        _check_range("retention_ema", self.retention_ema, 0.0, BELOW_ONE)
-        _check_range("epsilon_auto_fraction", self.epsilon_auto_fraction, SMALLEST_FRACTION, 1.0)
-        _check_range("epsilon_auto_steps", self.epsilon_auto_steps, 1)
-        _check_range("rounding_seed", self.rounding_seed, 0, 2**31 - 1)
+            check_type(field.name, getattr(self, field.name), type(field.default))
+        check_choice("retention_mode", self.retention_mode, RETENTION_MODES)
+        check_choice("retention_loss", self.retention_loss, RETENTION_LOSSES)
+        check_choice("epsilon_schedule", self.epsilon_schedule, EPSILON_SCHEDULES)
+        check_choice("projection_mode", self.projection_mode, PROJECTION_MODES)
+        check_choice("teacher", self.teacher, TEACHERS)
+        check_choice("token_loss", self.token_loss, TOKEN_LOSSES)
+        check_choice("off_steps", self.off_steps, OFF_STEPS)
+        check_choice("lambda_controller", self.lambda_controller, LAMBDA_CONTROLLERS)
+        check_choice("epsilon", self.epsilon, EPSILON_MODES)
+        check_choice("bf16_rounding", self.bf16_rounding, BF16_ROUNDINGS)
+        check_range("anchor_batch_size", self.anchor_batch_size, 1)
+        check_range("retention_freq", self.retention_freq, 1)
+        check_range("epsilon_decay_steps", self.epsilon_decay_steps, 0)
+        check_range("lambda_lr", self.lambda_lr, 0.0)
+        check_range("lambda_max", self.lambda_max, 0.0)
+        check_range("initial_lambda", self.initial_lambda, 0.0, self.lambda_max, high_name="lambda_max")
+        check_range("epsilon_start", self.epsilon_start, 0.0)
+        check_range("epsilon_end", self.epsilon_end, 0.0)
+        check_range("conflict_threshold", self.conflict_threshold, -1.0, 1.0)
+        check_range("reuse_decay", self.reuse_decay, 0.0, 1.0)
+        check_range("replay_weight", self.replay_weight, 0.0)
+        check_range("nupi_kp", self.nupi_kp, 0.0)
+        check_range("nupi_nu", self.nupi_nu, 0.0, BELOW_ONE)
+        check_range("retention_ema", self.retention_ema, 0.0, BELOW_ONE)
+        check_range("epsilon_auto_fraction", self.epsilon_auto_fraction, SMALLEST_FRACTION, 1.0)
+        check_range("epsilon_auto_steps", self.epsilon_auto_steps, 1)
+        check_range("rounding_seed", self.rounding_seed, 0, 2**31 - 1)
         if self.teacher == "adapters_off" and self.retention_mode != "hidden":
             raise ValueError(
                 f"teacher='adapters_off' gives features, and retention_mode is {self.retention_mode!r}; "
@@ -164,19 +164,21 @@ class CraftConfig:
             )
 
 
-def _check_type(name: str, value: object, expected: type) -> None:
-    """A bool is no number here, and an int serves where a float is asked for."""
+def check_type(name: str, value: object, expected: type) -> None:
+    """Refuse a setting of another type: a bool is no number here, an int serves where a float is asked for."""
     allowed = (int, float) if expected is float else (expected,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
         raise ValueError(f"{name} must be of type {expected.__name__}, got {value!r} ({type(value).__name__})")
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a setting that is none of those defined."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _check_range(name: str, value: float, low: float, high: float = math.inf, *, high_name: str | None = None) -> None:
+def check_range(name: str, value: float, low: float, high: float = math.inf, *, high_name: str | None = None) -> None:
+    """Refuse a setting that is not finite, or not in [low, high] (``high_name``: what sets high)."""
     if not (math.isfinite(value) and low <= value <= high):
         if math.isinf(high):
             allowed = f"finite and at least {low:g}"

@@ -406,4 +406,16 @@ def test_settings_reach_the_optimizer_or_the_method():
         METHODS["hidden"].with_settings({"lambda_lr": -1.0})
     with pytest.raises(ValueError, match="there is no method 'hiden'; there are naive, "):
         method_named("hiden")
+    for name, setting, told in (
+        ("hidden", {"selection": "herding"}, "selection must be one of random, coverage, got 'herding'"),
+        ("hidden", {"pooling": "mean"}, "pooling must be one of .*, got 'mean'"),
+        ("hidden", {"prompted": 2.5}, "prompted must be of type int"),
+        ("hidden", {"prompted": -1}, "prompted must be finite and at least 0"),
+        ("hidden+prompted", {"prompted_weight": -0.5}, "prompted_weight must be finite and at least 0"),
+        ("naive", {"lr": "fast"}, "lr must be of type float"),
+        ("retain", {"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
+        ("lora", {"rank": 0}, "rank must be finite and at least 1"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            METHODS[name].with_settings(setting)
     assert replace(METHODS["naive"]) == METHODS["naive"]

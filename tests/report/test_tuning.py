@@ -126,6 +126,10 @@ def test_settings_given_by_hand_go_over_what_the_tuning_chose(tmp_path, capsys):
     flags = ["run", "--suite", "S", "--budgets", "20", "--seeds", "1", *methods, "--set"]
     assert cli.main([*flags, "selection=coverage", "use_grad_projection=false"]) == 0
     assert "selection=coverage, use_grad_projection=False, not tuned" in (tmp_path / "report.html").read_text()
-    for given, told in (("selection", "--set takes name=value"), ("alpha=0.5", "hidden has no setting alpha")):
+    for given, told in (
+        ("selection", "--set takes name=value"),
+        ("alpha=0.5", "hidden has no setting alpha"),
+        ("selection=herding", "selection must be one of random, coverage, got 'herding'"),
+    ):
         assert cli.main([*flags, given]) == 2
         assert told in capsys.readouterr().err

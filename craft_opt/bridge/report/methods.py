@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from craft_opt import CraftConfig
 from craft_opt.bridge.anchor_cache import AnchorCache
-from craft_opt.bridge.anchor_manifest import FEATURE_MASK, FEATURE_PREFIX, TEACHER_CE, TOP_IDS, TOP_LOGPROBS
+from craft_opt.bridge.anchor_manifest import (
+    FEATURE_MASK,
+    FEATURE_PREFIX,
+    SELECTIONS,
+    TEACHER_CE,
+    TOP_IDS,
+    TOP_LOGPROBS,
+)
 from craft_opt.bridge.config import CraftTrainConfig
 from craft_opt.bridge.features import DEFAULT_POOLING, pi0_fast_of
 from craft_opt.bridge.loop import Run
@@ -38,6 +45,7 @@ from craft_opt.bridge.report.terms import (
 )
 from craft_opt.bridge.retention_term import Retention
 from craft_opt.bridge.step import RetentionTerm
+from craft_opt.config import check_choice, check_range, check_type
 from craft_opt.retention import POOLINGS
 
 # Anchors as large a batch as the task's ("1:1"), at every step.
@@ -105,6 +113,16 @@ class Method:
     prompted_weight: float = 1.0
     knobs: tuple[Settings, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("selection", self.selection, SELECTIONS)
+        check_type("prompted", self.prompted, int)
+        check_range("prompted", self.prompted, 0)
+        for name, value in (("lr", self.lr), ("prompted_weight", self.prompted_weight)):
+            if value is not None:
+                check_type(name, value, float)
+                check_range(name, value, 0.0)
+
     @property
     def uses_anchors(self) -> bool:
         """Whether the budget of anchors means anything to it."""
@@ -119,7 +137,7 @@ class Method:
         """The method with other settings: fields of its own, or of :class:`CraftConfig`.
 
         Raises:
-            ValueError: There is no such setting.
+            ValueError: There is no such setting, or not with such a value.
         """
         own = {f.name for f in fields(self)} - {"name", "what", "stores", "only_latest", "craft", "knobs"}
         craft = {f.name for f in fields(CraftConfig)}
@@ -244,6 +262,11 @@ class Retain(Method):
 
     alpha: float = 0.5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_type("alpha", self.alpha, float)
+        check_range("alpha", self.alpha, 0.0, 1.0)
+
     @contextmanager
     def deployed(self, run: Run, start: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """The interpolated policy."""
@@ -269,6 +292,11 @@ class Lora(Method):
     """
 
     rank: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_type("rank", self.rank, int)
+        check_range("rank", self.rank, 1)
 
     def configure(self, cfg: CraftTrainConfig) -> None:
         """Let LeRobot wrap the policy."""
