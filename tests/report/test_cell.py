@@ -174,6 +174,12 @@ def test_the_store_grows_by_the_budget_and_samples_never_change(output, finished
     assert old == same and len(old) == BUDGET
     assert not torch.equal(before[3], after[3])
 
+    settings = {"layers": [1, -1], "pooling": "mean_masked", "selection": "coverage"}
+    other = bench.anchors(METHODS["hidden"].with_settings(settings), BUDGET, 1)
+    made = AnchorCache.open(other).manifest
+    assert (made.layers, made.pooling, made.selection) == ([1, made.depth], "mean_masked", "coverage")
+    assert other != one.folder, "what is kept for one setting is not taken for another"
+
 
 def test_the_next_stage_starts_from_the_policy_after_this_one(output, stopped):
     bench = Bench(SUITE, 0, output, SIZES)

@@ -409,6 +409,8 @@ def test_settings_reach_the_optimizer_or_the_method():
     for name, setting, told in (
         ("hidden", {"selection": "herding"}, "selection must be one of random, coverage, got 'herding'"),
         ("hidden", {"pooling": "mean"}, "pooling must be one of .*, got 'mean'"),
+        ("hidden", {"layers": -1}, r"layers must be a list of decoder layers such as \[-2, -1\], got -1"),
+        ("hidden", {"layers": "last"}, "layers must be a list of decoder layers"),
         ("hidden", {"prompted": 2.5}, "prompted must be of type int"),
         ("hidden", {"prompted": -1}, "prompted must be finite and at least 0"),
         ("hidden+prompted", {"prompted_weight": -0.5}, "prompted_weight must be finite and at least 0"),

@@ -196,7 +196,7 @@ class Bench:
         the stage before.
 
         Args:
-            method: Its kind of cache, pooling and selection.
+            method: Its kind of cache, pooling, layers and selection.
             budget: Anchors of each skill.
             stage: The stage that will use them.
             teacher: The policy before that stage; None is the suite's.
@@ -219,7 +219,7 @@ class Bench:
         """Frames of a stage's own demonstrations with a teacher's answers to the prompts of the skills before it.
 
         Args:
-            method: Its kind of cache, pooling, and number of frames.
+            method: Its kind of cache, pooling, layers, and number of frames.
             stage: The stage that will use them.
             teacher: The policy before it.
             into: Folder of the cache.
@@ -232,7 +232,7 @@ class Bench:
 
     def _of_cache(self, method: Method) -> dict[str, Any]:
         if method.kind == "hidden":
-            return {"kind": method.kind, "pooling": method.pooling}
+            return {"kind": method.kind, "pooling": method.pooling, "layers": list(method.layers)}
         return {"kind": method.kind, "top_k": self.settings.top_k, "token_source": "teacher"}
 
     def _build(

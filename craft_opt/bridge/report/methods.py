@@ -33,7 +33,7 @@ from craft_opt.bridge.anchor_manifest import (
     TOP_LOGPROBS,
 )
 from craft_opt.bridge.config import CraftTrainConfig
-from craft_opt.bridge.features import DEFAULT_POOLING, pi0_fast_of
+from craft_opt.bridge.features import DEFAULT_LAYERS, DEFAULT_POOLING, pi0_fast_of
 from craft_opt.bridge.loop import Run
 from craft_opt.bridge.report.terms import (
     QuadraticPenalty,
@@ -93,6 +93,7 @@ class Method:
         only_latest: Whether it needs the samples of the latest skills only, and keeps none of them.
         craft: Settings of the optimizer and of the anchors.
         pooling: Where a ``hidden`` cache takes its features.
+        layers: Of which decoder layers: from 1, or from the last as -1.
         lr: Largest learning rate; None takes the benchmark's.
         selection: How its stored samples are chosen: ``random`` or ``coverage``.
         prompted: Frames of the new skill's demonstrations on which the old skills are asked for, as more anchors; they
@@ -107,6 +108,7 @@ class Method:
     only_latest: bool = False
     craft: Settings = field(default_factory=dict)
     pooling: str = DEFAULT_POOLING
+    layers: Sequence[int] = DEFAULT_LAYERS
     lr: float | None = None
     selection: str = "random"
     prompted: int = 0
@@ -116,6 +118,8 @@ class Method:
     def __post_init__(self) -> None:
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("selection", self.selection, SELECTIONS)
+        if not (isinstance(self.layers, (list, tuple)) and self.layers and all(type(n) is int for n in self.layers)):
+            raise ValueError(f"layers must be a list of decoder layers such as [-2, -1], got {self.layers!r}")
         check_type("prompted", self.prompted, int)
         check_range("prompted", self.prompted, 0)
         for name, value in (("lr", self.lr), ("prompted_weight", self.prompted_weight)):
