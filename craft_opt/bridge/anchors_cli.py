@@ -105,6 +105,7 @@ def _add_build_flags(build: argparse.ArgumentParser) -> None:
         default=[],
         help="asks for an old skill on the frames of datasets that do not show it; may be repeated",
     )
+    add("--prompts-of", type=Path, help="a cache of the old skills: asks for each of them, as --prompt would")
     add("--episodes", type=_episodes, help="episodes to draw from, such as 0-9,12 (one dataset only)")
     add("--output", "--output_dir", dest="output", required=True, help="folder of the cache")
     add("--num-samples", "--num_samples", dest="num_samples", type=int, help="anchors in all; this or --fraction")
@@ -140,15 +141,19 @@ def _build(args: argparse.Namespace) -> int:
     if args.episodes is not None and len(args.repo_ids) > 1:
         raise ValueError("--episodes goes with one --dataset.repo_id only")
     _set_up()
+    from craft_opt.bridge.anchor_cache import AnchorCache
     from craft_opt.bridge.anchors import AnchorSource, build_cache
     from craft_opt.bridge.logs import say
 
+    prompts = args.prompts
+    if args.prompts_of is not None:
+        prompts = list(dict.fromkeys([*prompts, *AnchorCache.open(args.prompts_of).task_texts()]))
     nothing = [None] * len(args.repo_ids)
     places = zip(args.repo_ids, args.roots or nothing, args.revisions or nothing, strict=True)
     sources = [
         AnchorSource(repo_id, root, args.episodes, revision, prompt)
         for repo_id, root, revision in places
-        for prompt in args.prompts or [None]
+        for prompt in prompts or [None]
     ]
     manifest = build_cache(
         Path(args.output),

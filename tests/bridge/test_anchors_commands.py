@@ -224,3 +224,14 @@ def test_the_commands_ask_for_old_skills_on_other_frames(world, tmp_path, capsys
     assert main(["inspect", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert all(f"with {task!r} for its prompt" in shown for task in TASKS), shown
+
+
+def test_the_prompts_of_a_cache_are_asked_on_other_frames(world, cache, tmp_path, capsys):
+    command = ["build", f"--policy.path={world.teacher}", "--policy.device=cpu", "--dataset.repo_id=local/tiny"]
+    command += [f"--dataset.root={world.new}", "--num-samples=6", f"--output={tmp_path / 'out'}"]
+    assert main([*command, f"--prompts-of={tmp_path / 'none'}"]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert main([*command, f"--prompts-of={cache}", f"--prompt={TASKS[1]}", "--prompt=open the drawer"]) == 0
+    sources = json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"]
+    assert [source["prompt"] for source in sources[:2]] == [TASKS[1], "open the drawer"]
+    assert sorted(source["prompt"] for source in sources) == sorted([*TASKS, "open the drawer"])
